@@ -1,0 +1,454 @@
+"""Every reward that `--reward` can name, on PyTorch and transformers alone. Higher is better.
+
+  name       model                        image fitted by         score                 licence
+  hps        HPS-v2.1 (ViT-H/14)          letterbox, black bars   cosine, 0.20..0.37    Apache-2.0
+  clip       DFN5B CLIP (ViT-H/14, 378)   squash                  cosine, 0.30..0.45    apple-amlr
+  pick       PickScore v1 (ViT-H/14)      short side, crop        cosine, 0.18..0.24    MIT (code)
+  aesthetic  LAION head, CLIP ViT-L/14    short side, crop        1..10, mostly 4..7    Apache-2.0
+  jpeg       none                         not at all              minus kilobytes
+  path/to/file.py:function                one's own f(images, prompts) -> (B,), named `function`
+
+    reward = load_rewards(["hps", "clip"], {"hps": "tiny/hps", "clip": "tiny/clip"})
+    reward(images, prompts)    # {"hps": (B,), "clip": (B,)}; images (B, 3, H, W) in [0, 1]
+
+The default CLIP is licensed by Apple for research only; laion/CLIP-ViT-H-14-laion2B-s32B-b79K (MIT)
+is the free choice, at another level of scores. Group-normalised advantages do not notice the level
+of a reward; a binary threshold does.
+
+A reward that raises, is not finite or has a wrong shape stops the run: nothing takes its place.
+What is loaded is pinned: repositories by commit, files unpickled here by sha256, before they are.
+"""
+
+import ast
+import hashlib
+import html
+import importlib.util
+import io
+import re
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import hf_hub_download, snapshot_download
+from PIL import Image
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+
+# B images = prompts    H, W pixels    D joint embedding of a CLIP
+
+DFN = "apple/DFN5B-CLIP-ViT-H-14-378"
+LAION = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+COMMITS = {
+    DFN: "01b771ed0d1395ca5ffdd279897d665ebe00dfd2",
+    LAION: "1c2b8495b28150b8a4922ee1c8edee224c284c0c",
+    "yuvalkirstain/PickScore_v1": "a4e4367c6dfa7288a00c550414478f865b875800",
+    "openai/clip-vit-large-patch14": "32bd64288804d66eefd0ccbe215aa642df71cc41",
+}
+HPS_FILE = ("xswu/HPSv2", "HPS_v2.1_compressed.pt")
+HPS_COMMIT = "697403c78157020a1ae59d23f111aa58ced35b0a"
+HPS_SHA256 = "c57a38fb4a2f7e7c15bf00da2ea377cdf165448b4dd1052a484c215a998c9837"
+AESTHETIC_FILE = "sac+logos+ava1-l14-linearMSE.pth"
+AESTHETIC_URL = (
+    "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/"
+    "6934dd81792f086e613a121dbce43082cb8be85e/sac%2Blogos%2Bava1-l14-linearMSE.pth"
+)
+AESTHETIC_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
+
+# HPS ships bare weights; this is its architecture. The activation is the exact gelu: CLIPConfig's
+# default is quick_gelu, which loads without a complaint and gives other scores.
+VIT_H_14 = {
+    "projection_dim": 1024,
+    "text_config": {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+        "num_attention_heads": 16, "vocab_size": 49408, "max_position_embeddings": 77,
+        "hidden_act": "gelu", "eos_token_id": 49407,
+    },
+    "vision_config": {
+        "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
+        "num_attention_heads": 16, "image_size": 224, "patch_size": 14, "hidden_act": "gelu",
+    },
+}  # fmt: skip
+
+
+# ---- Images: the 8-bit grid, three ways to a square ----------------------------------------------
+CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+
+
+def quantise(images):
+    """(..., H, W) -> float32, clamped to [0, 1] and rounded to the 256 levels of a PNG."""
+    return (images.float().clamp(0, 1) * 255).round() / 255
+
+
+def resize(images, height, width):
+    # antialias=True is what makes shrinking agree with PIL and current torchvision. A bicubic
+    # overshoots: values leave [0, 1] by a few per cent until somebody clamps them.
+    size = (height, width)
+    return F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
+
+
+def letterbox(images, size):
+    """(B, 3, H, W) -> (B, 3, size, size): the whole image, centred between black bars; not clamped.
+
+    HPSv2's own transform: the longest side becomes `size`, bars are 0.0 before normalisation and an
+    odd row or column of padding goes to the bottom or right. (The original forgets the bars where
+    the longest side already is `size`; here they are always added.)
+    """
+    height, width = images.shape[-2:]
+    scale = size / max(height, width)
+    images = resize(images, round(height * scale), round(width * scale))
+    rows, columns = size - images.shape[-2], size - images.shape[-1]
+    top, left = rows // 2, columns // 2
+    return F.pad(images, (left, columns - left, top, rows - top))
+
+
+def squash(images, size):
+    """(B, 3, H, W) -> (B, 3, size, size) in [0, 1], proportions ignored: how DFN was trained."""
+    return quantise(resize(images, size, size))
+
+
+def centre_crop(images, size):
+    """(B, 3, H, W) -> (B, 3, size, size) in [0, 1]: the short side is resized to `size`.
+
+    As CLIP's own preprocessing. The order in `int(size * long / short)` matters: the other one is
+    a pixel off for some sizes.
+    """
+    height, width = images.shape[-2:]
+    short = min(height, width)
+    height, width = int(size * height / short), int(size * width / short)
+    top, left = (height - size) // 2, (width - size) // 2
+    return quantise(resize(images, height, width))[..., top : top + size, left : left + size]
+
+
+# ---- Rewards -------------------------------------------------------------------------------------
+def clean(prompt):
+    """The part of CLIP's text clean-up that its tokenizer lacks: HTML entities, curly quotes."""
+    prompt = html.unescape(html.unescape(prompt))
+    return prompt.translate(str.maketrans("‘’“”", "''\"\""))
+
+
+class ClipReward:
+    """{name: cosine between the embeddings of an image and of its own prompt}, float32 (B,).
+
+    hps, clip and pick are this class with other weights and another `fit` (letterbox, squash or
+    centre_crop). Image size and prompt length are the model's own. No logit scale: it is one factor
+    for all scores, which group normalisation divides out again.
+    """
+
+    def __init__(self, name, model, tokenizer, fit, chunk_size=8):
+        self.name, self.tokenizer, self.fit, self.chunk_size = name, tokenizer, fit, chunk_size
+        self.model = model.eval().requires_grad_(False)
+
+    def image_features(self, images):
+        """(B, 3, H, W) -> (B, D), float32, unit length; at most `chunk_size` images at a time."""
+        size, features = self.model.config.vision_config.image_size, []
+        for chunk in images.split(self.chunk_size):
+            pixels = self.fit(chunk.to(self.model.device), size)
+            pixels = (pixels - CLIP_MEAN.to(pixels)) / CLIP_STD.to(pixels)
+            output = self.model.get_image_features(pixel_values=pixels.to(self.model.dtype))
+            features.append(F.normalize(output.pooler_output.float(), dim=-1))
+        return torch.cat(features)
+
+    def text_features(self, prompts):
+        """B strings -> (B, D), float32, unit length; a prompt given twice is encoded once."""
+        row = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        tokens = self.tokenizer(
+            [clean(prompt) for prompt in row], padding="max_length", truncation=True,
+            max_length=self.model.config.text_config.max_position_embeddings, return_tensors="pt",
+        ).input_ids.to(self.model.device)  # fmt: skip
+        # No attention mask: attention is causal and the end token, which is read, precedes padding.
+        chunks = tokens.split(self.chunk_size)
+        features = [self.model.get_text_features(input_ids=c).pooler_output.float() for c in chunks]
+        return F.normalize(torch.cat(features), dim=-1)[[row[prompt] for prompt in prompts]]
+
+    @torch.no_grad()
+    def __call__(self, images, prompts):
+        # In float32: half precision has steps of 2.4e-4 near 0.3, where a group of images sits.
+        cosine = (self.image_features(images) * self.text_features(prompts)).sum(-1)
+        return {self.name: cosine}
+
+
+class AestheticReward(ClipReward):
+    """{"aesthetic": w · image embedding + b}, float32 (B,); the prompts are not looked at."""
+
+    def __init__(self, model, head, chunk_size=8):
+        super().__init__("aesthetic", model, None, centre_crop, chunk_size)
+        self.weight, self.bias = fold_linears(head)
+
+    @torch.no_grad()
+    def __call__(self, images, prompts):
+        features = self.image_features(images)
+        return {"aesthetic": features @ self.weight.to(features) + self.bias.to(features)}
+
+
+def jpeg(images, prompts):
+    """{"jpeg": minus the kilobytes (1000 bytes) of an image as a JPEG of quality 95}, (B,).
+
+    Compressibility, one of DDPO's two rewards without a model. Its best image is a blank one.
+    """
+    pixels = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    kilobytes = []
+    for image in pixels:
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "JPEG", quality=95)
+        kilobytes.append(file.tell() / 1000)
+    return {"jpeg": -torch.tensor(kilobytes)}
+
+
+class Rewards:
+    """The rewards of a run, called as one: (images, prompts) -> {name: float32 (B,)}, in order.
+
+    images (B, 3, H, W) in [0, 1] on any device, where the scores will be too; prompts: B strings.
+    All rewards see the image as a PNG would hold it. Raises RuntimeError with the name of a reward
+    that raises, returns another shape than (B,), or a value that is not finite.
+    """
+
+    def __init__(self, rewards):
+        self.rewards, self.names = rewards, list(rewards)
+
+    @torch.no_grad()
+    def __call__(self, images, prompts):
+        if images.ndim != 4 or images.shape[1] != 3 or len(images) != len(prompts):
+            raise ValueError(
+                f"rewards need images (B, 3, H, W) and B prompts, "
+                f"got {tuple(images.shape)} and {len(prompts)} prompts"
+            )
+        if not images.isfinite().all():  # jpeg would give a NaN a size
+            raise ValueError("rewards need finite images")
+        images, scores = quantise(images), {}
+        for name, reward in self.rewards.items():
+            try:
+                score = reward(images, prompts)[name]
+                score = torch.as_tensor(score, dtype=torch.float32, device=images.device)
+            except Exception as error:
+                raise RuntimeError(f"reward '{name}' failed: {error}") from error
+            if score.shape != (len(prompts),):
+                raise RuntimeError(
+                    f"reward '{name}' returned shape {tuple(score.shape)} for {len(prompts)} images"
+                )
+            if not score.isfinite().all():
+                i = int(score.isfinite().logical_not().nonzero()[0])
+                raise RuntimeError(f"reward '{name}' is {score[i]} for image {i}: {prompts[i]!r}")
+            scores[name] = score
+        return scores
+
+
+def binary(scores, thresholds):
+    """{name: (B,)}, one threshold a name in the same order -> {name: 1.0 above it, else 0.0}.
+
+    The paper's binary reward (section 2.3): 0.28 for hps, 0.39 for clip.
+    """
+    pairs = zip(scores.items(), thresholds, strict=True)
+    return {name: (score > threshold).float() for (name, score), threshold in pairs}
+
+
+# ---- Weights -------------------------------------------------------------------------------------
+def load_pickle(path, sha256):
+    """The tensors of a .pt or .pth file, if it is the file that is meant; else ValueError."""
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise ValueError(f"{path}: expected sha256 {sha256}, got {found}")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def fetch(source, weights=True):
+    """A local folder as it is; owner/name@commit, or a repository of COMMITS, at that commit."""
+    if Path(source).is_dir():
+        return source
+    repository, _, commit = source.partition("@")
+    files = ["*.json", "*.txt"]
+    if weights:
+        files += ["pytorch_model.bin" if repository == DFN else "model.safetensors"]
+    commit = commit or COMMITS[repository]
+    return snapshot_download(repository, revision=commit, allow_patterns=files)
+
+
+def load_clip_model(folder, device, dtype, **given):
+    """CLIPModel.from_pretrained, where a missing or superfluous weight is an error."""
+    given |= {"dtype": dtype, "output_loading_info": True}
+    model, report = CLIPModel.from_pretrained(folder, **given)
+    wrong = sorted({*report["missing_keys"], *report["unexpected_keys"]})
+    if wrong:
+        raise ValueError(f"{folder or 'state dict'}: not a CLIPModel, see {', '.join(wrong[:3])}")
+    return model.to(device)
+
+
+# open_clip's names and transformers', outside the transformer blocks and then within one.
+OPEN_CLIP_NAMES = {
+    "logit_scale": "logit_scale",
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final.weight": "text_model.final_layer_norm.weight",
+    "ln_final.bias": "text_model.final_layer_norm.bias",
+    "text_projection": "text_projection.weight",
+    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",
+    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
+    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
+    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
+    "visual.proj": "visual_projection.weight",
+}
+OPEN_CLIP_BLOCK = {
+    "attn.out_proj": "self_attn.out_proj",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+
+
+def open_clip_to_transformers(state):
+    """State dict of open_clip's CLIP -> that of CLIPModel; KeyError on an unknown name.
+
+    Three differences besides the names: q, k and v are one matrix in open_clip, the two final
+    projections are stored transposed, and the vision tower is `visual.`, the text tower unprefixed.
+    """
+    converted = {}
+    for key, value in state.items():
+        tower, in_block, rest = key.partition("transformer.resblocks.")
+        if not in_block:
+            transposed = key in ("text_projection", "visual.proj")
+            converted[OPEN_CLIP_NAMES[key]] = value.T if transposed else value
+            continue
+        layer, _, part = rest.partition(".")
+        block = f"{'vision' if tower else 'text'}_model.encoder.layers.{layer}"
+        if part.startswith("attn.in_proj_"):
+            kind = part.removeprefix("attn.in_proj_")
+            for letter, third in zip("qkv", value.chunk(3), strict=True):
+                converted[f"{block}.self_attn.{letter}_proj.{kind}"] = third
+        else:
+            module, _, kind = part.rpartition(".")
+            converted[f"{block}.{OPEN_CLIP_BLOCK[module]}.{kind}"] = value
+    return converted
+
+
+def fold_linears(state):
+    """Aesthetic head -> weight (D,), bias (): its five linear layers have nothing between them.
+
+    Dropout apart there is no activation, so W5(..(W1 x + b1)..) + b5 is one dot product; multiplied
+    out in float64.
+    """
+    layers = [f"layers.{i}" for i in (0, 2, 4, 6, 7)]
+    weight, bias = (state[f"{layers[0]}.{kind}"].double() for kind in ("weight", "bias"))
+    for layer in layers[1:]:
+        matrix = state[f"{layer}.weight"].double()
+        weight, bias = matrix @ weight, matrix @ bias + state[f"{layer}.bias"].double()
+    return weight[0].float(), bias[0].float()
+
+
+# ---- The registry --------------------------------------------------------------------------------
+# Loaders: (path or None for the original, device, dtype, chunk_size) -> reward. A path is a folder
+# with a CLIPModel and its tokenizer, or a repository (see `fetch`). The fit belongs to the reward's
+# name, whatever the path; on square images all three are one plain resize.
+def load_hps(path, device, dtype, chunk_size):
+    """HPS-v2.1 (arXiv:2306.09341, repository tgxs002/HPSv2). A path may also be its .pt file.
+
+    That .pt and no other: its hash is checked wherever it came from. Convert another checkpoint of
+    open_clip's with `open_clip_to_transformers` and save it as a folder.
+    """
+    if path and not Path(path).is_file():
+        return load_clip("hps", path, letterbox, device, dtype, chunk_size)
+    file = path or hf_hub_download(*HPS_FILE, revision=HPS_COMMIT)
+    state = open_clip_to_transformers(load_pickle(file, HPS_SHA256)["state_dict"])
+    config = CLIPConfig(**VIT_H_14)
+    model = load_clip_model(None, device, dtype, config=config, state_dict=state)
+    tokenizer = AutoTokenizer.from_pretrained(fetch(LAION, weights=False))
+    return ClipReward("hps", model, tokenizer, letterbox, chunk_size)
+
+
+def load_clip(name, path, fit, device, dtype, chunk_size):
+    folder = fetch(path)
+    model = load_clip_model(folder, device, dtype)
+    return ClipReward(name, model, AutoTokenizer.from_pretrained(folder), fit, chunk_size)
+
+
+def load_dfn(path, *how):
+    """CLIP score by Apple's DFN5B (arXiv:2309.17425), DanceGRPO's choice; for research only."""
+    return load_clip("clip", path or DFN, squash, *how)
+
+
+def load_pick(path, *how):
+    """PickScore v1 (arXiv:2305.01569), without the factor of 100 of its model card."""
+    return load_clip("pick", path or "yuvalkirstain/PickScore_v1", centre_crop, *how)
+
+
+def load_aesthetic(path, device, dtype, chunk_size):
+    """LAION's improved aesthetic predictor on OpenAI's CLIP; `path` may hold the head too."""
+    folder = fetch(path or "openai/clip-vit-large-patch14")
+    head = Path(folder, AESTHETIC_FILE)
+    if not head.exists():
+        head = Path(torch.hub.get_dir(), "checkpoints", AESTHETIC_FILE)
+    if not head.exists():
+        head.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(AESTHETIC_URL, str(head))
+    state = load_pickle(head, AESTHETIC_SHA256)
+    return AestheticReward(load_clip_model(folder, device, dtype), state, chunk_size)
+
+
+MODELS = {"hps": load_hps, "clip": load_dfn, "pick": load_pick, "aesthetic": load_aesthetic}
+ACCEPTED = f"{', '.join(MODELS)}, jpeg or path/to/file.py:function"
+
+
+def load_custom(name):
+    """Runs the file of path/to/file.py:function and returns that function as a reward."""
+    path, _, function = name.rpartition(":")
+    spec = importlib.util.spec_from_file_location(f"reward_{Path(path).stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    score = getattr(module, function)
+    return lambda images, prompts: {function: score(images, prompts)}
+
+
+def check_reward_names(names, paths=None):
+    """What `load_rewards` would refuse, found before anything is loaded, downloaded or executed.
+
+    names: as for --reward. paths: {name of a model: folder, file or repository}. Returns the names
+    the scores will have. Raises ValueError for an unknown or a double name, for a file that is not
+    there or has no such function (it is parsed, not run), and for a path that leads nowhere.
+    """
+    labels = []
+    for name in names:
+        path, colon, function = name.rpartition(":")
+        labels.append(function)
+        if name in MODELS or name == "jpeg":
+            continue
+        if not colon:
+            raise ValueError(f"unknown reward '{name}': choose from {ACCEPTED}")
+        if not Path(path).is_file():
+            raise ValueError(f"reward '{name}': there is no file {path}")
+        tree = ast.parse(Path(path).read_text(encoding="utf-8"), path)
+        defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+        if function not in defined:
+            functions = ", ".join(defined) or "no function"
+            raise ValueError(f"reward '{name}': {path} defines {functions}, not {function}")
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"two rewards of one name: {', '.join(labels)}")
+    for name, path in (paths or {}).items():
+        if name not in MODELS:
+            raise ValueError(f"path for '{name}': only {', '.join(MODELS)} take one")
+        pinned = path in COMMITS or re.fullmatch(r"[\w.-]+/[\w.-]+@\w+", path)
+        if not pinned and not Path(path).exists():
+            raise ValueError(f"path for '{name}': {path} is not a path, nor owner/name@commit")
+    return labels
+
+
+def load_rewards(names, paths=None, device="cpu", dtype=None, chunk_size=8):
+    """Names as for --reward -> a `Rewards` with frozen models that see `chunk_size` rows at a time.
+
+    paths: {name: where to load that model from instead of the original}, for these names or others.
+    dtype: float16 on CUDA (as the authors' autocast), else float32. Raises what
+    `check_reward_names` does, and ValueError for a file that is not the pinned one.
+    """
+    labels = check_reward_names(names, paths)
+    if dtype is None:
+        dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
+    rewards = {}
+    for label, name in zip(labels, names, strict=True):
+        if name in MODELS:
+            rewards[label] = MODELS[name]((paths or {}).get(name), device, dtype, chunk_size)
+        else:
+            rewards[label] = jpeg if name == "jpeg" else load_custom(name)
+    return Rewards(rewards)

@@ -1,0 +1,358 @@
+"""Makes the tiny models that the scripts run by default, from a seed, with nothing downloaded.
+
+    python tiny/make_tiny.py                    all of them, in order
+    python tiny/make_tiny.py clip hps           only these (each needs the ones above it in STAGES)
+
+    vae     the autoencoder                     AutoencoderKL                        kept in tiny/.build
+    flux    a FLUX pipeline with that VAE       FluxPipeline                         tiny/flux
+    clip    image and caption alignment         CLIPModel                            tiny/clip
+    hps     the same, taught preferences        CLIPModel                            tiny/hps
+
+Each is made of diffusers' and transformers' own classes and saved in their own layout, so the code that loads it is the
+code that loads the real weights. Training states go to tiny/.build every 200 steps; a stage that was stopped continues
+from there. Batches are drawn from (seed, step), so stopping changes nothing. A GPU is used if there is one.
+"""
+import argparse
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import trange
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+TINY = Path(__file__).resolve().parent
+sys.path.insert(0, str(TINY))
+import world  # noqa: E402
+
+BUILD = TINY / ".build"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TEXT_LENGTH = 12  # the longest caption has 11 words; one more for the end token
+
+
+def train(name, model, loss_fn, steps, lr, seed, ema_decay=0.0, every=200):
+    """AdamW with warm-up and cosine decay on `loss_fn(model, rng) -> scalar`; returns the model, or its average.
+
+    `rng` is a `random.Random` and a torch generator seeded with (seed, step).
+    """
+    torch.manual_seed(seed)
+    model.to(DEVICE).train()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)) if ema_decay else None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.99))
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=100)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - 100, eta_min=lr * 0.02)
+    scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, decay], [100])
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler} | ({"average": average} if average else {})
+    state_file, start = BUILD / f"{name}.pt", 0
+    if state_file.exists():
+        state = torch.load(state_file, map_location=DEVICE, weights_only=True)
+        start = state.pop("step")
+        for key, part in parts.items():
+            part.load_state_dict(state[key])
+    bar, smooth = trange(start, steps, initial=start, total=steps, desc=name, mininterval=5), None
+    for step in bar:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        loss = loss_fn(model, random.Random(seed * 1_000_003 + step), generator)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        if average:
+            average.update_parameters(model)
+        smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
+        bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
+        if (step + 1) % every == 0 or step + 1 == steps:
+            temporary = state_file.with_suffix(".part")
+            torch.save({"step": step + 1} | {k: p.state_dict() for k, p in parts.items()}, temporary)
+            temporary.replace(state_file)
+    return (average.module if average else model).eval()
+
+
+def batch(rng, generator, n, well_made_share=world.WELL_MADE_SHARE):
+    """n scenes, their makes and their drawings (n, 3, 64, 64)."""
+    scenes = [world.random_scene(rng) for _ in range(n)]
+    makes = [world.random_make(rng, well_made_share) for _ in range(n)]
+    return scenes, makes, torch.stack([world.draw(s, m, generator) for s, m in zip(scenes, makes)]).to(DEVICE)
+
+
+# ---- words ------------------------------------------------------------------------------------------------------------
+def make_tokenizer(start_token):
+    """One token a word. CLIP's captions begin with a start token, T5's do not; both end with an end token."""
+    special = ["<pad>", "<end>", "<start>", "<unk>"]
+    words = ["a", "on", "left", "of", "above", *world.COLOURS, *world.SHAPES, *world.BACKGROUNDS]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    ids = {t: special.index(t) for t in ("<start>", "<end>")}
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>" if start_token else "$A <end>", special_tokens=list(ids.items())
+    )
+    extra = {"bos_token": "<start>"} if start_token else {}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", unk_token="<unk>",
+        model_max_length=TEXT_LENGTH + start_token, **extra,
+    )  # fmt: skip
+
+
+def tokenize(tokenizer, captions):
+    kwargs = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    return tokenizer(captions, max_length=tokenizer.model_max_length, **kwargs).input_ids.to(DEVICE)
+
+
+CLIP_TOKENS, T5_TOKENS = make_tokenizer(True), make_tokenizer(False)
+TEXT = {"vocab_size": len(CLIP_TOKENS), "max_position_embeddings": TEXT_LENGTH + 1, "bos_token_id": 2,
+        "eos_token_id": 1, "pad_token_id": 0}  # fmt: skip
+
+
+# ---- the autoencoder --------------------------------------------------------------------------------------------------
+def make_vae():
+    """8x compression to 16 channels, FLUX's own numbers, at a hundredth of its width."""
+    torch.manual_seed(1)
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=(16, 16, 32, 64), layers_per_block=1, latent_channels=16, norm_num_groups=4,
+        sample_size=world.SIZE, use_quant_conv=False, use_post_quant_conv=False,
+    ).to(memory_format=torch.channels_last)  # fmt: skip
+
+    def loss(vae, rng, generator):
+        _, _, images = batch(rng, generator, 16)
+        images = (images * 2 - 1).contiguous(memory_format=torch.channels_last)
+        latents = vae.encode(images).latent_dist.mean
+        noise = torch.randn(latents.shape, generator=generator).to(DEVICE)
+        error = vae.decode(latents + 0.05 * noise).sample - images
+        # Most of a drawing is background, and grey: colour errors count four times, or it stays grey for long.
+        grey = error.mean(1, keepdim=True)
+        return grey.square().mean() + 4 * (error - grey).square().mean()
+
+    vae = train("vae", vae, loss, steps=VAE_STEPS, lr=1e-3, seed=1, ema_decay=0.99).to(memory_format=torch.contiguous_format)
+    with torch.no_grad():  # the latents are brought to mean 0 and standard deviation 1, as FLUX's are
+        _, _, images = batch(random.Random(2), torch.Generator().manual_seed(2), 512)
+        latents = torch.cat([vae.encode(c * 2 - 1).latent_dist.mean for c in images.split(64)])
+        output = torch.cat([vae.decode(c).sample for c in latents.split(64)])
+    vae.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(1 / latents.std()))
+    print(f"vae: mean absolute error {float((output / 2 + 0.5 - images).abs().mean()):.4f} of 1")
+    vae.cpu().save_pretrained(BUILD / "vae")
+
+
+def load_vae():
+    return AutoencoderKL.from_pretrained(BUILD / "vae").to(DEVICE).eval()
+
+
+@torch.no_grad()
+def encoded_bank(vae, n, seed):
+    """n drawings as normalised latents (n, 16, 8, 8), with their scenes; kept on disk, for it takes a minute."""
+    scenes, _, images = world.sample(seed, n)
+    file = BUILD / f"latents_{n}_{seed}.pt"
+    if not file.exists():
+        latents = torch.cat([vae.encode(c.to(DEVICE) * 2 - 1).latent_dist.mean.cpu() for c in images.split(128)])
+        torch.save(latents, file)
+    latents = torch.load(file, weights_only=True)
+    return scenes, (latents - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+# ---- FLUX -------------------------------------------------------------------------------------------------------------
+def make_flux():
+    """2 double and 4 single blocks of width 128. A quarter of the captions is wrong by one word, so the base model often
+    draws something else than it was asked for, as base models do."""
+    torch.manual_seed(3)
+    vae = load_vae()
+    transformer = FluxTransformer2DModel(
+        in_channels=64, num_layers=2, num_single_layers=4, attention_head_dim=32, num_attention_heads=4,
+        joint_attention_dim=64, pooled_projection_dim=64, guidance_embeds=True, axes_dims_rope=(8, 12, 12),
+    )  # fmt: skip
+    clip = CLIPTextModel(CLIPTextConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=1,
+                                        num_attention_heads=4, projection_dim=64, **TEXT))  # fmt: skip
+    t5 = T5EncoderModel(T5Config(vocab_size=len(T5_TOKENS), d_model=64, d_kv=16, d_ff=256, num_layers=2, num_heads=4,
+                                 pad_token_id=0, eos_token_id=1, feed_forward_proj="gated-gelu", dropout_rate=0.0))  # fmt: skip
+    model = nn.ModuleDict({"transformer": transformer, "text_encoder": clip, "text_encoder_2": t5})
+    scenes, bank = encoded_bank(vae, 24576, seed=4)
+    image_ids = FluxPipeline._prepare_latent_image_ids(1, 4, 4, DEVICE, torch.float32)
+    text_ids = torch.zeros(TEXT_LENGTH, 3, device=DEVICE)
+
+    def loss(model, rng, generator):
+        index = torch.randint(len(bank), (64,), generator=generator)
+        captions = [(world.change_one_word(scenes[i], rng) if rng.random() < 0.25 else scenes[i]).caption for i in index]
+        x0 = FluxPipeline._pack_latents(bank[index].to(DEVICE), 64, 16, 8, 8)
+        noise = torch.randn(x0.shape, generator=generator).to(DEVICE)
+        # Logit-normal noise levels, moved towards 1, where sampling with shift 3 spends its steps.
+        sigma = torch.sigmoid(torch.randn(64, generator=generator) * 1.1 + 0.5).to(DEVICE)
+        s = sigma.view(-1, 1, 1)
+        velocity = model["transformer"](
+            hidden_states=(1 - s) * x0 + s * noise,
+            timestep=sigma,
+            guidance=torch.full((64,), 3.5, device=DEVICE),
+            pooled_projections=model["text_encoder"](tokenize(CLIP_TOKENS, captions)).pooler_output,
+            encoder_hidden_states=model["text_encoder_2"](tokenize(T5_TOKENS, captions)).last_hidden_state,
+            txt_ids=text_ids,
+            img_ids=image_ids,
+        ).sample
+        return F.mse_loss(velocity, noise - x0)
+
+    model = train("flux", model, loss, steps=FLUX_STEPS, lr=1e-3, seed=3, ema_decay=0.998).cpu()
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae.cpu(), transformer=model["transformer"],
+        text_encoder=model["text_encoder"], tokenizer=CLIP_TOKENS,
+        text_encoder_2=model["text_encoder_2"], tokenizer_2=T5_TOKENS,
+    )  # fmt: skip
+    pipe.half().save_pretrained(TINY / "flux")
+    report_flux()
+
+
+def report_flux(steps=16):
+    """What the base model draws, by the judge: single objects and pairs apart."""
+    pipe = FluxPipeline.from_pretrained(TINY / "flux", torch_dtype=torch.float32).to(DEVICE)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = (TINY / "prompts_heldout.txt").read_text().split("\n")[:-1] * 4
+    generator = torch.Generator().manual_seed(0)
+    images = pipe(prompts, height=world.SIZE, width=world.SIZE, num_inference_steps=steps, generator=generator,
+                  max_sequence_length=TEXT_LENGTH, output_type="pt").images  # fmt: skip
+    pair = torch.tensor([bool(world.parse(p).relation) for p in prompts])
+    right, made = world.correct(images, prompts), world.well_made(images, prompts)
+    print(f"flux: correct {right[~pair].mean():.3f} single, {right[pair].mean():.3f} pairs; well made {made.mean():.3f}")
+
+
+# ---- CLIP and HPS -----------------------------------------------------------------------------------------------------
+def clip_model():
+    torch.manual_seed(5)
+    return CLIPModel(CLIPConfig(
+        text_config={"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4,
+                     "projection_dim": 64, "hidden_act": "gelu", **TEXT},
+        vision_config={"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
+                       "projection_dim": 64, "hidden_act": "gelu", "image_size": world.SIZE, "patch_size": 8},
+        projection_dim=64,
+    ))  # fmt: skip
+
+
+MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073), device=DEVICE).view(3, 1, 1)
+STD = torch.tensor((0.26862954, 0.26130258, 0.27577711), device=DEVICE).view(3, 1, 1)
+
+
+def embed(model, images, captions):
+    image = model.get_image_features(pixel_values=(images - MEAN) / STD).pooler_output
+    text = model.get_text_features(input_ids=tokenize(CLIP_TOKENS, captions)).pooler_output
+    return F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+
+
+def through_vae(images, vae, generator):
+    """Half of the batch goes through the autoencoder and back: what a reward model has to judge looks like that."""
+    half = len(images) // 2
+    with torch.no_grad():
+        latents = vae.encode(images[:half] * 2 - 1).latent_dist.mean
+        latents = latents + 0.1 / vae.config.scaling_factor * torch.randn(latents.shape, generator=generator).to(DEVICE)
+        decoded = (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
+    return torch.cat([decoded, images[half:]])
+
+
+def make_clip():
+    """Contrastive, each image against every caption of the batch and against its own caption with one word changed."""
+    vae = load_vae()
+
+    def loss(model, rng, generator):
+        scenes, _, images = batch(rng, generator, 96, well_made_share=0.5)
+        images = through_vae(images, vae, generator)
+        captions = [s.caption for s in scenes]
+        wrong = [world.change_one_word(s, rng).caption for s in scenes]
+        image, text = embed(model, images, captions + wrong)
+        scale = model.logit_scale.exp().clamp(max=100)
+        logits = scale * image @ text.T  # (B, 2B)
+        same = torch.tensor([[c == d for d in captions + wrong] for c in captions], device=DEVICE)
+        # Equal captions are all right answers: the target is spread over them.
+        target = same.float() / same.sum(1, keepdim=True)
+        by_image = -(target * logits.log_softmax(1)).sum(1).mean()
+        columns = logits[:, : len(captions)].T
+        by_text = -((same[:, : len(captions)].float() / same[:, : len(captions)].sum(1, keepdim=True)) * columns.log_softmax(1)).sum(1).mean()
+        return (by_image + by_text) / 2
+
+    model = train("clip", clip_model(), loss, steps=CLIP_STEPS, lr=1e-3, seed=5, ema_decay=0.995)
+    report_clip("clip", model, vae)
+    save_clip(model, "clip")
+
+
+def save_clip(model, name):
+    model.cpu().half().save_pretrained(TINY / name)
+    CLIP_TOKENS.save_pretrained(TINY / name)
+
+
+@torch.no_grad()
+def report_clip(name, model, vae):
+    """How often the right caption beats one that is wrong by a word, and the better drawing beats the worse."""
+    rng, generator = random.Random(99), torch.Generator().manual_seed(99)
+    scenes, makes, images = batch(rng, generator, 1000)
+    images = through_vae(images, vae, generator)
+    image, text = embed(model, images, [s.caption for s in scenes])
+    _, wrong = embed(model, images[:1], [world.change_one_word(s, rng).caption for s in scenes])
+    right_wins = ((image * text).sum(1) > (image * wrong).sum(1)).float().mean()
+    good = torch.stack([world.draw(s, world.random_make(rng, 1.0), generator) for s in scenes]).to(DEVICE)
+    bad = torch.stack([world.draw(s, world.random_make(rng, 0.0), generator) for s in scenes]).to(DEVICE)
+    (good, _), (bad, _) = (embed(model, through_vae(i, vae, generator), [s.caption for s in scenes]) for i in (good, bad))
+    better_wins = ((good * text).sum(1) > (bad * text).sum(1)).float().mean()
+    print(f"{name}: right caption preferred {right_wins:.3f}, better drawing preferred {better_wins:.3f}")
+
+
+def make_hps():
+    """CLIP fine-tuned on pairs of drawings for one caption. Who would be preferred: the one with fewer defects; a drawing
+    of something else loses to one of the right thing unless it is much better made. The teacher never says by how much."""
+    vae = load_vae()
+
+    def quality(make, right):
+        return -len(make.defects) - 2.5 * (not right)
+
+    def loss(model, rng, generator):
+        scenes = [world.random_scene(rng) for _ in range(48)]
+        drawn, quality_of = [], []
+        for _ in range(2):
+            right = [rng.random() < 0.75 for _ in scenes]
+            shown = [s if r else world.change_one_word(s, rng) for s, r in zip(scenes, right)]
+            makes = [world.random_make(rng, 0.4) for _ in scenes]
+            drawn += [world.draw(s, m, generator) for s, m in zip(shown, makes)]
+            quality_of.append(torch.tensor([quality(m, r) for m, r in zip(makes, right)], device=DEVICE))
+        order = torch.randperm(96, generator=generator)
+        images = through_vae(torch.stack(drawn).to(DEVICE)[order], vae, generator)[order.argsort()]
+        image, text = embed(model, images, [s.caption for s in scenes])
+        first, second = (image.view(2, 48, -1) * text).sum(2) * model.logit_scale.exp().clamp(max=100)
+        # Bradley-Terry: equal quality is a coin toss.
+        preferred = 0.5 + 0.5 * torch.sign(quality_of[0] - quality_of[1])
+        return F.binary_cross_entropy_with_logits(first - second, preferred)
+
+    model = clip_model()
+    model.load_state_dict(CLIPModel.from_pretrained(TINY / "clip", dtype=torch.float32).state_dict())
+    model = train("hps", model, loss, steps=HPS_STEPS, lr=3e-4, seed=6, ema_decay=0.995)
+    report_clip("hps", model, vae)
+    save_clip(model, "hps")
+
+
+# ---- prompts ----------------------------------------------------------------------------------------------------------
+def make_prompts():
+    """96 captions to train on and 48 held out, disjoint, half of each about one object and half about two."""
+    rng = random.Random(0)
+    scenes = world.all_scenes()
+    singles, pairs = [s for s in scenes if not s.relation], [s for s in scenes if s.relation]
+    rng.shuffle(singles)
+    rng.shuffle(pairs)
+    for name, chosen in (("prompts", singles[:48] + pairs[:48]), ("prompts_heldout", singles[48:72] + pairs[48:72])):
+        rng.shuffle(chosen)
+        (TINY / f"{name}.txt").write_text("".join(s.caption + "\n" for s in chosen))
+
+
+VAE_STEPS, FLUX_STEPS, CLIP_STEPS, HPS_STEPS = 1800, 4000, 1800, 800
+STAGES = {"prompts": make_prompts, "vae": make_vae, "flux": make_flux, "clip": make_clip, "hps": make_hps}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", choices=[*STAGES, []], default=[], help="what to make; all if none is named")
+    BUILD.mkdir(exist_ok=True)
+    for name in parser.parse_args().stages or STAGES:
+        start = time.time()
+        STAGES[name]()
+        print(f"{name}: {time.time() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
