@@ -19,18 +19,21 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it asks for torchvision, which nothing here needs
 import diffusers
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 import transformers
 from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline
@@ -41,64 +44,33 @@ from tqdm import tqdm
 from rewards import binary, check_reward_names, load_rewards
 from sde import flow_sde_step, flow_sigmas, joint_nats, noise_levels
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
 HERE = Path(__file__).resolve().parent
 
 # Legend of shapes:  B rows = prompts x G    b rows of a micro-batch    G group size    T sampling steps
 #                    K rewards    *L latent dimensions, D their product    samples (B, 3, H, W) in [0, 1]
 
 # ---- ARGUMENTS -----------------------------------------------------------------------------------------------
-# Sources: "Table 6" of the paper; "script": the authors' launch script of that setting (16 GPUs, or LoRA).
+# Sources: "Table 6" of the paper; "script", the authors' launch script of that setting (16 GPUs, or LoRA on 8).
 REAL = dict(
-    pretrained_model_name_or_path="black-forest-labs/FLUX.1-dev",
-    resolution=720,  # script; the paper does not say
-    max_train_steps=300,  # script
-    mixed_precision="bf16",  # script
-    gradient_checkpointing=True,  # script
-)
+    pretrained_model_name_or_path="black-forest-labs/FLUX.1-dev", mixed_precision="bf16",  # script
+    resolution=720, max_train_steps=300, gradient_checkpointing=True,  # script; the paper says none of them
+)  # fmt: skip
 PRESETS = {
     "tiny": dict(
-        pretrained_model_name_or_path=f"{HERE}/tiny/flux",
-        prompts=f"{HERE}/tiny/prompts.txt",
-        eval_prompts=f"{HERE}/tiny/prompts_heldout.txt",
+        pretrained_model_name_or_path=f"{HERE}/tiny/flux", resolution=64, train_batch_size=72,
+        prompts=f"{HERE}/tiny/prompts.txt", eval_prompts=f"{HERE}/tiny/prompts_heldout.txt", eval_samples=4,
         reward_paths=[f"hps={HERE}/tiny/hps", f"clip={HERE}/tiny/clip"],
         eval_reward=["hps", "clip", f"{HERE}/tiny/world.py:correct", f"{HERE}/tiny/world.py:well_made"],
-        eval_samples=4,
-        resolution=64,
-        num_inference_steps=12,
-        eta=1.0,
-        sde_window=3,
-        sde_window_range=[0, 4],
-        prompts_per_step=12,
-        timestep_fraction=1.0,
-        num_updates=1,
-        clip_range=1e-2,
-        learning_rate=1e-4,
-        train_batch_size=72,
-        max_train_steps=40,
-        validation_steps=10,
+        num_inference_steps=12, eta=1.0, sde_window=3, sde_window_range=[0, 4], timestep_fraction=1.0,
+        prompts_per_step=12, num_updates=1, clip_range=1e-2, learning_rate=1e-4,
+        max_train_steps=40, validation_steps=10,
     ),
     "lora": REAL | dict(
-        num_inference_steps=12,  # script
-        prompts_per_step=16,  # script: 8 GPUs x 2
-        num_updates=2,  # script
-        learning_rate=3e-4,  # script
-        rank=128,  # script
-        lora_alpha=256,  # script
-        checkpointing_steps=60,  # script
+        num_inference_steps=12, prompts_per_step=16, num_updates=2,  # script; 8 GPUs x 2 prompts
+        learning_rate=3e-4, rank=128, lora_alpha=256, checkpointing_steps=60,  # script
     ),
-    "paper": REAL | dict(
-        num_inference_steps=25,  # Table 6
-        prompts_per_step=32,  # Table 6
-        num_updates=4,  # Table 6
-    ),
-    "official": REAL | dict(
-        num_inference_steps=16,  # script
-        prompts_per_step=16,  # script: 16 GPUs x 1
-        num_updates=3,  # script
-    ),
+    "paper": REAL | dict(num_inference_steps=25, prompts_per_step=32, num_updates=4),  # Table 6
+    "official": REAL | dict(num_inference_steps=16, prompts_per_step=16, num_updates=3),  # script
 }  # fmt: skip
 
 
@@ -294,6 +266,7 @@ def check_args(args):
         ("--shift", args.shift, args.shift > 0, "above 0"),
         ("--learning_rate", args.learning_rate, args.learning_rate > 0, "above 0"),
         ("--lora_alpha", args.lora_alpha, (args.lora_alpha > 0) == (args.rank > 0), "above 0 with --rank, else 0"),
+        ("--report_to", args.report_to, args.report_to == "none" or find_spec(args.report_to), "an installed package"),
         *((f"--{name}", getattr(args, name), getattr(args, name) >= 1, "at least 1") for name in POSITIVE),
     ):  # fmt: skip
         if not good:
@@ -317,7 +290,7 @@ def check_args(args):
     if args.resume_from_checkpoint:
         check_resume(args)
     elif args.output_dir is None:
-        args.output_dir = f"outputs/{Path(sys.argv[0]).stem}-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        args.output_dir = f"outputs/{Path(__file__).stem}-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     elif Path(args.output_dir, "args.json").exists():
         raise ValueError(f"--output_dir {args.output_dir}: holds a run; --resume_from_checkpoint continues it")
 
@@ -610,6 +583,8 @@ def load_checkpoint(run):
 
 def make_run(args):
     """All that an iteration needs: models, rewards, prompts, optimizer, and the folder it writes to."""
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = SimpleNamespace(args=args, folder=Path(args.output_dir), models=load_models(args, device), whole=True)
     run.parameters = [p for p in run.models.policy.parameters() if p.requires_grad]
@@ -643,7 +618,7 @@ def print_header(run):
 
 
 def open_tracker(args):
-    """A function of the metrics that hands them to TensorBoard or Weights & Biases, if --report_to says so."""
+    """A function that takes the metrics to TensorBoard or to Weights & Biases, or nowhere."""
     if args.report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
@@ -652,8 +627,7 @@ def open_tracker(args):
     if args.report_to == "wandb":
         import wandb
 
-        tracker = wandb.init(dir=args.output_dir, config=vars(args))
-        return lambda metrics: tracker.log(metrics, step=metrics["step"])
+        return wandb.init(dir=args.output_dir, config=vars(args)).log
     return lambda metrics: None
 
 

@@ -200,7 +200,7 @@ def make_flux():
         text_encoder=model["text_encoder"], tokenizer=CLIP_TOKENS,
         text_encoder_2=model["text_encoder_2"], tokenizer_2=T5_TOKENS,
     )  # fmt: skip
-    pipe.half().save_pretrained(TINY / "flux")
+    pipe.to(torch.float16).save_pretrained(TINY / "flux")
     report_flux()
 
 
@@ -239,35 +239,34 @@ def embed(model, images, captions):
     return F.normalize(image, dim=-1), F.normalize(text, dim=-1)
 
 
-def through_vae(images, vae, generator):
-    """Half of the batch goes through the autoencoder and back: what a reward model has to judge looks like that."""
-    half = len(images) // 2
-    with torch.no_grad():
-        latents = vae.encode(images[:half] * 2 - 1).latent_dist.mean
+@torch.no_grad()
+def seen_drawings(scenes, makes, vae, generator):
+    """Drawings as a reward model meets them, (n, 3, 64, 64): every other one went through the autoencoder and back."""
+    images = torch.stack([world.draw(s, m, generator) for s, m in zip(scenes, makes)])
+    for rows in torch.arange(0, len(images), 2).split(128):
+        latents = vae.encode(images[rows].to(DEVICE) * 2 - 1).latent_dist.mean
         latents = latents + 0.1 / vae.config.scaling_factor * torch.randn(latents.shape, generator=generator).to(DEVICE)
-        decoded = (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
-    return torch.cat([decoded, images[half:]])
+        images[rows] = (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1).cpu()
+    return images
 
 
 def make_clip():
     """Contrastive, each image against every caption of the batch and against its own caption with one word changed."""
-    vae = load_vae()
+    vae, rng, generator = load_vae(), random.Random(5), torch.Generator().manual_seed(5)
+    scenes = [world.random_scene(rng) for _ in range(16384)]
+    bank = seen_drawings(scenes, [world.random_make(rng, 0.5) for _ in scenes], vae, generator)
 
     def loss(model, rng, generator):
-        scenes, _, images = batch(rng, generator, 96, well_made_share=0.5)
-        images = through_vae(images, vae, generator)
-        captions = [s.caption for s in scenes]
-        wrong = [world.change_one_word(s, rng).caption for s in scenes]
-        image, text = embed(model, images, captions + wrong)
-        scale = model.logit_scale.exp().clamp(max=100)
-        logits = scale * image @ text.T  # (B, 2B)
-        same = torch.tensor([[c == d for d in captions + wrong] for c in captions], device=DEVICE)
-        # Equal captions are all right answers: the target is spread over them.
-        target = same.float() / same.sum(1, keepdim=True)
-        by_image = -(target * logits.log_softmax(1)).sum(1).mean()
-        columns = logits[:, : len(captions)].T
-        by_text = -((same[:, : len(captions)].float() / same[:, : len(captions)].sum(1, keepdim=True)) * columns.log_softmax(1)).sum(1).mean()
-        return (by_image + by_text) / 2
+        index = torch.randint(len(bank), (96,), generator=generator)
+        captions = [scenes[i].caption for i in index]
+        wrong = [world.change_one_word(scenes[i], rng).caption for i in index]
+        image, text = embed(model, bank[index].to(DEVICE), captions + wrong)
+        logits = model.logit_scale.exp().clamp(max=100) * image @ text.T  # (B, 2B)
+        # Equal captions are equally right: the target is spread over them.
+        same = torch.tensor([[float(c == d) for d in captions + wrong] for c in captions], device=DEVICE)
+        by_image = F.cross_entropy(logits, same / same.sum(1, keepdim=True))
+        logits, same = logits[:, :96].T, same[:, :96].T
+        return (by_image + F.cross_entropy(logits, same / same.sum(1, keepdim=True))) / 2
 
     model = train("clip", clip_model(), loss, steps=CLIP_STEPS, lr=1e-3, seed=5, ema_decay=0.995)
     report_clip("clip", model, vae)
@@ -281,44 +280,43 @@ def save_clip(model, name):
 
 @torch.no_grad()
 def report_clip(name, model, vae):
-    """How often the right caption beats one that is wrong by a word, and the better drawing beats the worse."""
+    """How often the right caption beats one that is wrong by a word, and a well-made drawing beats a poor one."""
     rng, generator = random.Random(99), torch.Generator().manual_seed(99)
-    scenes, makes, images = batch(rng, generator, 1000)
-    images = through_vae(images, vae, generator)
-    image, text = embed(model, images, [s.caption for s in scenes])
-    _, wrong = embed(model, images[:1], [world.change_one_word(s, rng).caption for s in scenes])
-    right_wins = ((image * text).sum(1) > (image * wrong).sum(1)).float().mean()
-    good = torch.stack([world.draw(s, world.random_make(rng, 1.0), generator) for s in scenes]).to(DEVICE)
-    bad = torch.stack([world.draw(s, world.random_make(rng, 0.0), generator) for s in scenes]).to(DEVICE)
-    (good, _), (bad, _) = (embed(model, through_vae(i, vae, generator), [s.caption for s in scenes]) for i in (good, bad))
-    better_wins = ((good * text).sum(1) > (bad * text).sum(1)).float().mean()
-    print(f"{name}: right caption preferred {right_wins:.3f}, better drawing preferred {better_wins:.3f}")
+    scenes = [world.random_scene(rng) for _ in range(1000)]
+    images = {share: seen_drawings(scenes, [world.random_make(rng, share) for _ in scenes], vae, generator).to(DEVICE)
+              for share in (1.0, 0.0)}  # fmt: skip
+    good, text = embed(model, images[1.0], [s.caption for s in scenes])
+    bad, wrong = embed(model, images[0.0], [world.change_one_word(s, rng).caption for s in scenes])
+    for kind, image in (("well-made", good), ("poor", bad)):
+        wins = ((image * text).sum(1) > (image * wrong).sum(1)).float().mean()
+        print(f"{name}: right caption preferred for {kind} drawings {wins:.3f}")
+    wins = ((good * text).sum(1) > (bad * text).sum(1)).float().mean()
+    print(f"{name}: well-made drawing preferred {wins:.3f}")
 
 
 def make_hps():
-    """CLIP fine-tuned on pairs of drawings for one caption. Who would be preferred: the one with fewer defects; a drawing
-    of something else loses to one of the right thing unless it is much better made. The teacher never says by how much."""
-    vae = load_vae()
-
-    def quality(make, right):
-        return -len(make.defects) - 2.5 * (not right)
+    """CLIP fine-tuned on pairs of drawings for one caption. Preferred is the one with fewer defects; to show something
+    else weighs as much as two or three of them. By how much is never said, as people never do."""
+    vae, rng, generator = load_vae(), random.Random(6), torch.Generator().manual_seed(6)
+    scenes = [world.random_scene(rng) for _ in range(6144)]
+    banks, qualities = [], []
+    for _ in ("first", "second"):
+        right = [rng.random() < 0.75 for _ in scenes]
+        makes = [world.random_make(rng, 0.4) for _ in scenes]
+        shown = [s if r else world.change_one_word(s, rng) for s, r in zip(scenes, right)]
+        # Every other drawing goes through the autoencoder: shuffled, or it would be the same ones in both.
+        order = torch.randperm(len(scenes), generator=generator)
+        images = seen_drawings([shown[i] for i in order], [makes[i] for i in order], vae, generator)
+        banks.append(images[order.argsort()])
+        qualities.append(torch.tensor([-len(m.defects) - 2.5 * (not r) for m, r in zip(makes, right)]))
+    preferred = 0.5 + 0.5 * torch.sign(qualities[0] - qualities[1])  # equal quality is a coin toss
 
     def loss(model, rng, generator):
-        scenes = [world.random_scene(rng) for _ in range(48)]
-        drawn, quality_of = [], []
-        for _ in range(2):
-            right = [rng.random() < 0.75 for _ in scenes]
-            shown = [s if r else world.change_one_word(s, rng) for s, r in zip(scenes, right)]
-            makes = [world.random_make(rng, 0.4) for _ in scenes]
-            drawn += [world.draw(s, m, generator) for s, m in zip(shown, makes)]
-            quality_of.append(torch.tensor([quality(m, r) for m, r in zip(makes, right)], device=DEVICE))
-        order = torch.randperm(96, generator=generator)
-        images = through_vae(torch.stack(drawn).to(DEVICE)[order], vae, generator)[order.argsort()]
-        image, text = embed(model, images, [s.caption for s in scenes])
-        first, second = (image.view(2, 48, -1) * text).sum(2) * model.logit_scale.exp().clamp(max=100)
-        # Bradley-Terry: equal quality is a coin toss.
-        preferred = 0.5 + 0.5 * torch.sign(quality_of[0] - quality_of[1])
-        return F.binary_cross_entropy_with_logits(first - second, preferred)
+        index = torch.randint(len(scenes), (48,), generator=generator)
+        images = torch.cat([bank[index] for bank in banks]).to(DEVICE)
+        image, text = embed(model, images, [scenes[i].caption for i in index])
+        first, second = model.logit_scale.exp().clamp(max=100) * (image.view(2, 48, -1) * text).sum(2)
+        return F.binary_cross_entropy_with_logits(first - second, preferred[index].to(DEVICE))  # Bradley-Terry
 
     model = clip_model()
     model.load_state_dict(CLIPModel.from_pretrained(TINY / "clip", dtype=torch.float32).state_dict())
@@ -340,7 +338,7 @@ def make_prompts():
         (TINY / f"{name}.txt").write_text("".join(s.caption + "\n" for s in chosen))
 
 
-VAE_STEPS, FLUX_STEPS, CLIP_STEPS, HPS_STEPS = 1800, 4000, 1800, 800
+VAE_STEPS, FLUX_STEPS, CLIP_STEPS, HPS_STEPS = 1800, 4000, 1600, 600
 STAGES = {"prompts": make_prompts, "vae": make_vae, "flux": make_flux, "clip": make_clip, "hps": make_hps}
 
 
