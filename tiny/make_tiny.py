@@ -12,6 +12,7 @@ Each is made of diffusers' and transformers' own classes and saved in their own 
 code that loads the real weights. Training states go to tiny/.build every 200 steps; a stage that was stopped continues
 from there. Batches are drawn from (seed, step), so stopping changes nothing. A GPU is used if there is one.
 """
+
 import argparse
 import random
 import sys
@@ -25,7 +26,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import trange
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 TINY = Path(__file__).resolve().parent
 sys.path.insert(0, str(TINY))
@@ -82,7 +84,7 @@ def batch(rng, generator, n, well_made_share=world.WELL_MADE_SHARE):
     return scenes, makes, torch.stack([world.draw(s, m, generator) for s, m in zip(scenes, makes)]).to(DEVICE)
 
 
-# ---- words ------------------------------------------------------------------------------------------------------------
+# ---- words ---------------------------------------------------------------------------------------------------------
 def make_tokenizer(start_token):
     """One token a word. CLIP's captions begin with a start token, T5's do not; both end with an end token."""
     special = ["<pad>", "<end>", "<start>", "<unk>"]
@@ -110,7 +112,7 @@ TEXT = {"vocab_size": len(CLIP_TOKENS), "max_position_embeddings": TEXT_LENGTH +
         "eos_token_id": 1, "pad_token_id": 0}  # fmt: skip
 
 
-# ---- the autoencoder --------------------------------------------------------------------------------------------------
+# ---- the autoencoder -----------------------------------------------------------------------------------------------
 def make_vae():
     """8x compression to 16 channels, FLUX's own numbers, at a hundredth of its width."""
     torch.manual_seed(1)
@@ -130,7 +132,8 @@ def make_vae():
         grey = error.mean(1, keepdim=True)
         return grey.square().mean() + 4 * (error - grey).square().mean()
 
-    vae = train("vae", vae, loss, steps=VAE_STEPS, lr=1e-3, seed=1, ema_decay=0.99).to(memory_format=torch.contiguous_format)
+    vae = train("vae", vae, loss, steps=VAE_STEPS, lr=1e-3, seed=1, ema_decay=0.99)
+    vae.to(memory_format=torch.contiguous_format)
     with torch.no_grad():  # the latents are brought to mean 0 and standard deviation 1, as FLUX's are
         _, _, images = batch(random.Random(2), torch.Generator().manual_seed(2), 512)
         latents = torch.cat([vae.encode(c * 2 - 1).latent_dist.mean for c in images.split(64)])
@@ -156,10 +159,10 @@ def encoded_bank(vae, n, seed):
     return scenes, (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
 
-# ---- FLUX -------------------------------------------------------------------------------------------------------------
+# ---- FLUX ----------------------------------------------------------------------------------------------------------
 def make_flux():
-    """2 double and 4 single blocks of width 128. A quarter of the captions is wrong by one word, so the base model often
-    draws something else than it was asked for, as base models do."""
+    """2 double and 4 single blocks of width 128. A quarter of the captions is wrong by one word, so the base model
+    often draws something else than it was asked for, as base models do."""
     torch.manual_seed(3)
     vae = load_vae()
     transformer = FluxTransformer2DModel(
@@ -168,8 +171,9 @@ def make_flux():
     )  # fmt: skip
     clip = CLIPTextModel(CLIPTextConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=1,
                                         num_attention_heads=4, projection_dim=64, **TEXT))  # fmt: skip
-    t5 = T5EncoderModel(T5Config(vocab_size=len(T5_TOKENS), d_model=64, d_kv=16, d_ff=256, num_layers=2, num_heads=4,
-                                 pad_token_id=0, eos_token_id=1, feed_forward_proj="gated-gelu", dropout_rate=0.0))  # fmt: skip
+    t5 = T5EncoderModel(T5Config(vocab_size=len(T5_TOKENS), d_model=64, d_kv=16, d_ff=256, num_layers=2,
+                                 num_heads=4, pad_token_id=0, eos_token_id=1, feed_forward_proj="gated-gelu",
+                                 dropout_rate=0.0))  # fmt: skip
     model = nn.ModuleDict({"transformer": transformer, "text_encoder": clip, "text_encoder_2": t5})
     scenes, bank = encoded_bank(vae, 24576, seed=4)
     image_ids = FluxPipeline._prepare_latent_image_ids(1, 4, 4, DEVICE, torch.float32)
@@ -177,7 +181,8 @@ def make_flux():
 
     def loss(model, rng, generator):
         index = torch.randint(len(bank), (64,), generator=generator)
-        captions = [(world.change_one_word(scenes[i], rng) if rng.random() < 0.25 else scenes[i]).caption for i in index]
+        told = [world.change_one_word(scenes[i], rng) if rng.random() < 0.25 else scenes[i] for i in index]
+        captions = [scene.caption for scene in told]
         x0 = FluxPipeline._pack_latents(bank[index].to(DEVICE), 64, 16, 8, 8)
         noise = torch.randn(x0.shape, generator=generator).to(DEVICE)
         # Logit-normal noise levels, moved towards 1, where sampling with shift 3 spends its steps.
@@ -214,10 +219,10 @@ def report_flux(steps=16):
                   max_sequence_length=TEXT_LENGTH, output_type="pt").images  # fmt: skip
     pair = torch.tensor([bool(world.parse(p).relation) for p in prompts])
     right, made = world.correct(images, prompts), world.well_made(images, prompts)
-    print(f"flux: correct {right[~pair].mean():.3f} single, {right[pair].mean():.3f} pairs; well made {made.mean():.3f}")
+    print(f"flux: correct {right[~pair].mean():.3f} single, {right[pair].mean():.3f} pairs, made {made.mean():.3f}")
 
 
-# ---- CLIP and HPS -----------------------------------------------------------------------------------------------------
+# ---- CLIP and HPS --------------------------------------------------------------------------------------------------
 def clip_model():
     torch.manual_seed(5)
     return CLIPModel(CLIPConfig(
@@ -325,7 +330,7 @@ def make_hps():
     save_clip(model, "hps")
 
 
-# ---- prompts ----------------------------------------------------------------------------------------------------------
+# ---- prompts -------------------------------------------------------------------------------------------------------
 def make_prompts():
     """96 captions to train on and 48 held out, disjoint, half of each about one object and half about two."""
     rng = random.Random(0)
@@ -344,7 +349,7 @@ STAGES = {"prompts": make_prompts, "vae": make_vae, "flux": make_flux, "clip": m
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", choices=[*STAGES, []], default=[], help="what to make; all if none is named")
+    parser.add_argument("stages", nargs="*", choices=[*STAGES, []], default=[], help="what to make; all of them")
     BUILD.mkdir(exist_ok=True)
     for name in parser.parse_args().stages or STAGES:
         start = time.time()

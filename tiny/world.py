@@ -88,10 +88,10 @@ def change_one_word(scene, rng):
     return Scene(tuple(objects), scene.relation, scene.background)
 
 
-# ---- drawing ----------------------------------------------------------------------------------------------------------
+# ---- drawing -------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Make:
-    """How a scene is drawn. Lengths in pixels; `blur` is the width of an edge, `pale` the share of background mixed in."""
+    """How a scene is drawn. Lengths in pixels; `blur` is the width of an edge, `pale` the share of background in it."""
 
     scale: float = 1.0
     blur: float = 1.0
@@ -164,7 +164,7 @@ def draw(scene, make, generator):
     return image.clamp(0, 1)
 
 
-# ---- the judge --------------------------------------------------------------------------------------------------------
+# ---- the judge -----------------------------------------------------------------------------------------------------
 def _components(mask):
     """Connected regions (8 neighbours) of a boolean (H, W) mask, largest first, as boolean masks."""
     label = torch.where(mask, torch.arange(1, mask.numel() + 1).view_as(mask), 0).float()
@@ -198,8 +198,9 @@ def judge(image):
     """
     image = image.detach().float().cpu().clamp(0, 1)
     assert image.shape == (3, SIZE, SIZE), image.shape
-    border = torch.cat([image[:, :3].flatten(1), image[:, -3:].flatten(1), image[:, :, :3].flatten(1), image[:, :, -3:].flatten(1)], 1)
-    ground = border.median(1).values
+    border = torch.ones(SIZE, SIZE, dtype=torch.bool)
+    border[3:-3, 3:-3] = False
+    ground = image[:, border].median(1).values
     background = min(BACKGROUNDS, key=lambda b: float((ground - torch.tensor(BACKGROUNDS[b])).norm()))
     # A 3x3 median takes single speckles away before anything is measured.
     smooth = F.unfold(F.pad(image[None], (1, 1, 1, 1), mode="reflect"), 3).view(3, 9, SIZE, SIZE).median(1).values
@@ -228,7 +229,7 @@ def judge(image):
         aspect = (bottom - top) / (right - left)
         objects.append(
             {"colour": colour, "shape": shape if fit[shape] > 0.75 and 0.6 < aspect < 1.5 else "",
-             "centre": ((left + right) / 2, (top + bottom) / 2), "size": max(bottom - top, right - left), "area": int(half.sum())}
+             "centre": ((left + right) / 2, (top + bottom) / 2), "size": max(bottom - top, right - left)}
         )  # fmt: skip
         # Pixels between 20 % and 80 % of full contrast, over the outline's length: the width of the edge.
         level = contrast / contrast[strong].mean()
