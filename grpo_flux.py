@@ -74,6 +74,13 @@ PRESETS = {
 }  # fmt: skip
 
 
+def finite(text):
+    """A float of the command line: neither nan nor inf."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError
+    return value
+
+
 def parse_args(argv=None):
     """The command line, checked before any model loads; bad input ends with one line and exit status 2."""
     formatter = argparse.RawDescriptionHelpFormatter
@@ -84,7 +91,7 @@ def parse_args(argv=None):
     # the model
     flag("--pretrained_model_name_or_path", "--model", help="folder or Hugging Face id, diffusers' layout")
     flag("--resolution", type=int, help="height and width of the samples, pixels")
-    flag("--guidance_scale", type=float, default=3.5, help="embedded guidance (script)")
+    flag("--guidance_scale", type=finite, default=3.5, help="embedded guidance (script)")
     flag("--mixed_precision", choices=["no", "bf16"], default="no", help="bf16: autocast, trained weights in fp32")
     flag("--gradient_checkpointing", action=switch, default=False, help="recompute activations when needed")
     flag("--rank", type=int, default=0, help="LoRA rank; 0 trains every weight of the denoiser")
@@ -93,14 +100,14 @@ def parse_args(argv=None):
     flag("--prompts", metavar="FILE", help="training prompts: .txt, one a line, or .jsonl with 'prompt'")
     flag("--eval_prompts", metavar="FILE", help="held-out prompts; without them nothing is evaluated")
     flag("--reward", nargs="+", default=["hps"], metavar="NAME", help="hps clip pick aesthetic jpeg FILE.py:FUNC")
-    flag("--reward_weights", nargs="+", type=float, metavar="W", help="of each reward's advantage; 1 (Algorithm 1)")
-    flag("--reward_thresholds", nargs="+", type=float, metavar="T", help="train on 1 above, else 0 (paper: hps 0.28)")
+    flag("--reward_weights", nargs="+", type=finite, metavar="W", help="of each reward's advantage; 1 (Algorithm 1)")
+    flag("--reward_thresholds", nargs="+", type=finite, metavar="T", help="train on 1 above, else 0 (paper: hps 0.28)")
     flag("--reward_paths", nargs="+", default=[], metavar="NAME=PATH", help="where to load a reward model from")
     flag("--eval_reward", nargs="+", default=[], metavar="NAME", help="rewards that are evaluated and not trained")
     # sampling
     flag("--num_inference_steps", type=int, help="T, in training and in evaluation")
-    flag("--shift", type=float, default=3.0, help="of the noise levels towards noise (script)")
-    flag("--eta", type=float, default=0.3, help="noise level of the SDE (Table 6)")
+    flag("--shift", type=finite, default=3.0, help="of the noise levels towards noise (script)")
+    flag("--eta", type=finite, default=0.3, help="noise level of the SDE (Table 6)")
     flag("--eta_schedule", choices=["constant", "flow_grpo"], default="constant", help="eta by step (paper: constant)")
     flag("--sde_window", type=int, default=0, metavar="LENGTH", help="steps with noise, the ODE elsewhere; 0: all")
     flag("--sde_window_range", nargs=2, type=int, default=[0, 0], metavar=("FIRST", "LAST"), help="of its start")
@@ -111,17 +118,17 @@ def parse_args(argv=None):
     flag("--prompts_per_step", type=int, help="prompts an iteration")
     flag("--num_generations", type=int, default=12, help="G, samples a prompt (Table 6)")
     flag("--best_of_n", type=int, default=0, metavar="K", help="train on the K/2 best and worst of a group; 0: on all")
-    flag("--timestep_fraction", type=float, default=0.6, help="share of the transitions that is trained (Table 6)")
+    flag("--timestep_fraction", type=finite, default=0.6, help="share of the transitions that is trained (Table 6)")
     flag("--num_updates", type=int, help="optimizer steps an iteration")
-    flag("--clip_range", type=float, default=1e-4, help="of the ratio of mean log-probabilities (Table 6)")
-    flag("--adv_clip_max", type=float, default=5.0, help="clamp of the advantage (script)")
-    flag("--ratio_tolerance", type=float, default=0.0, help="|ratio - 1| before the first update that stops the run")
+    flag("--clip_range", type=finite, default=1e-4, help="of the ratio of mean log-probabilities (Table 6)")
+    flag("--adv_clip_max", type=finite, default=5.0, help="clamp of the advantage (script)")
+    flag("--ratio_tolerance", type=finite, default=0.0, help="|ratio - 1| before the first update that stops the run")
     # optimization
     flag("--train_batch_size", type=int, default=1, help="rows of a micro-batch, in rollout and update alike")
-    flag("--learning_rate", type=float, default=1e-5, help="of AdamW, constant (Table 6)")
-    flag("--adam_weight_decay", type=float, default=1e-4, help="(script)")
-    flag("--max_grad_norm", type=float, default=1.0, help="(Table 6)")
-    flag("--ema_decay", type=float, default=0.0, help="of the average that is evaluated and exported; 0: none")
+    flag("--learning_rate", type=finite, default=1e-5, help="of AdamW, constant (Table 6)")
+    flag("--adam_weight_decay", type=finite, default=1e-4, help="(script)")
+    flag("--max_grad_norm", type=finite, default=1.0, help="(Table 6)")
+    flag("--ema_decay", type=finite, default=0.0, help="of the average that is evaluated and exported; 0: none")
     flag("--max_train_steps", type=int, help="iterations")
     # the run
     flag("--seed", type=int, default=0)
@@ -163,7 +170,7 @@ def check_model(args):
 def load_models(args, device):
     """The pipeline's parts. `policy` is the network that is trained: in fp32, or a LoRA on a frozen base."""
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
-    pipe = FluxPipeline.from_pretrained(args.pretrained_model_name_or_path, torch_dtype=dtype).to(device)
+    pipe = FluxPipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=dtype).to(device)
     for part in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.transformer):
         part.requires_grad_(False).eval()  # eval(): dropout would make the ratio differ from 1
     if args.rank:
@@ -241,8 +248,10 @@ def decode(models, args, latents):
 
 # ==== END MODEL ZONE ==================================================================================================
 # ==== BEGIN ALGORITHM ZONE (the same text in every script) ====================================================
-POSITIVE = ("prompts_per_step", "num_updates", "train_batch_size", "max_train_steps", "validation_steps",
-            "eval_samples", "checkpointing_steps", "checkpoints_total_limit")  # fmt: skip
+COUNTS = ("prompts_per_step", "num_updates", "train_batch_size", "max_train_steps", "validation_steps",
+          "eval_samples", "checkpointing_steps", "checkpoints_total_limit")  # fmt: skip
+POSITIVE = ("shift", "learning_rate", "adv_clip_max", "max_grad_norm")
+NOT_NEGATIVE = ("guidance_scale", "rank", "adam_weight_decay", "ratio_tolerance")
 # What may differ between a run and its continuation; anything else would make it another run.
 FREE = ("output_dir", "resume_from_checkpoint", "max_train_steps", "report_to", "checkpointing_steps",
         "checkpoints_total_limit")  # fmt: skip
@@ -263,11 +272,12 @@ def check_args(args):
         ("--timestep_fraction", args.timestep_fraction, 0 < args.timestep_fraction <= 1, "above 0, at most 1"),
         ("--clip_range", args.clip_range, 0 < args.clip_range < 1, "between 0 and 1"),
         ("--ema_decay", args.ema_decay, 0 <= args.ema_decay < 1, "at least 0, below 1"),
-        ("--shift", args.shift, args.shift > 0, "above 0"),
-        ("--learning_rate", args.learning_rate, args.learning_rate > 0, "above 0"),
         ("--lora_alpha", args.lora_alpha, (args.lora_alpha > 0) == (args.rank > 0), "above 0 with --rank, else 0"),
         ("--report_to", args.report_to, args.report_to == "none" or find_spec(args.report_to), "an installed package"),
-        *((f"--{name}", getattr(args, name), getattr(args, name) >= 1, "at least 1") for name in POSITIVE),
+        ("torchrun's WORLD_SIZE", size := os.environ.get("WORLD_SIZE", "1"), size == "1", "1: one process trains"),
+        *((f"--{name}", getattr(args, name), getattr(args, name) >= 1, "at least 1") for name in COUNTS),
+        *((f"--{name}", getattr(args, name), getattr(args, name) > 0, "above 0") for name in POSITIVE),
+        *((f"--{name}", getattr(args, name), getattr(args, name) >= 0, "at least 0") for name in NOT_NEGATIVE),
     ):  # fmt: skip
         if not good:
             raise ValueError(f"{flag} {value}: must be {accepted}")
@@ -277,11 +287,15 @@ def check_args(args):
     for flag, values in (("--reward_weights", args.reward_weights), ("--reward_thresholds", args.reward_thresholds)):
         if values is not None and len(values) != len(args.reward):
             raise ValueError(f"{flag} {values}: must be {len(args.reward)} values, one for each of {args.reward}")
-    for flag, names in (("--reward", args.reward), ("--eval_reward", held_out(args))):
+    for flag, words, names in (
+        ("--reward_paths", args.reward_paths, []),
+        ("--reward", args.reward, args.reward),
+        ("--eval_reward", args.eval_reward, held_out(args)),
+    ):
         try:
             check_reward_names(names, reward_paths(args))
         except ValueError as error:
-            raise ValueError(f"{flag} {' '.join(names)}: {error}") from error
+            raise ValueError(f"{flag} {' '.join(words)}: {error}") from error
     if args.prompts is None:
         raise ValueError("--prompts: this preset needs a file of prompts, .txt or .jsonl")
     read_prompts("--prompts", args.prompts)

@@ -407,7 +407,8 @@ def check_reward_names(names, paths=None):
 
     names: as for --reward. paths: {name of a model: folder, file or repository}. Returns the names
     the scores will have. Raises ValueError for an unknown or a double name, for a file that is not
-    there or has no such function (it is parsed, not run), and for a path that leads nowhere.
+    there, is not Python or has no such function (it is parsed, not run), and for a path that leads
+    nowhere.
     """
     labels = []
     for name in names:
@@ -419,7 +420,10 @@ def check_reward_names(names, paths=None):
             raise ValueError(f"unknown reward '{name}': choose from {ACCEPTED}")
         if not Path(path).is_file():
             raise ValueError(f"reward '{name}': there is no file {path}")
-        tree = ast.parse(Path(path).read_text(encoding="utf-8"), path)
+        try:
+            tree = ast.parse(Path(path).read_text(encoding="utf-8"), path)
+        except (SyntaxError, UnicodeDecodeError) as error:
+            raise ValueError(f"reward '{name}': {path} is not Python: {error}") from error
         defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
         if function not in defined:
             functions = ", ".join(defined) or "no function"
@@ -430,7 +434,7 @@ def check_reward_names(names, paths=None):
         if name not in MODELS:
             raise ValueError(f"path for '{name}': only {', '.join(MODELS)} take one")
         pinned = path in COMMITS or re.fullmatch(r"[\w.-]+/[\w.-]+@\w+", path)
-        if not pinned and not Path(path).exists():
+        if not pinned and not (path and Path(path).exists()):
             raise ValueError(f"path for '{name}': {path} is not a path, nor owner/name@commit")
     return labels
 

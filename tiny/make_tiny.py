@@ -38,17 +38,19 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TEXT_LENGTH = 12  # the longest caption has 11 words; one more for the end token
 
 
-def train(name, model, loss_fn, steps, lr, seed, ema_decay=0.0, every=200):
+def train(name, model, loss_fn, steps, lr, seed, ema_decay=0.0, first_cycle=None, every=200):
     """AdamW with warm-up and cosine decay on `loss_fn(model, rng) -> scalar`; returns the model, or its average.
 
-    `rng` is a `random.Random` and a torch generator seeded with (seed, step).
+    With `first_cycle`, the learning rate starts again after so many steps, for a cycle of twice the length. `rng` is a
+    `random.Random` and a torch generator seeded with (seed, step).
     """
     torch.manual_seed(seed)
     model.to(DEVICE).train()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)) if ema_decay else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.99))
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=100)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - 100, eta_min=lr * 0.02)
+    cycle = (first_cycle or steps) - 100
+    decay = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, cycle, T_mult=2, eta_min=lr * 0.02)
     scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, decay], [100])
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler} | ({"average": average} if average else {})
     state_file, start = BUILD / f"{name}.pt", 0
@@ -199,19 +201,20 @@ def make_flux():
         ).sample
         return F.mse_loss(velocity, noise - x0)
 
-    model = train("flux", model, loss, steps=FLUX_STEPS, lr=1e-3, seed=3, ema_decay=0.998).cpu()
+    model = train("flux", model, loss, steps=FLUX_STEPS, lr=1e-3, seed=3, ema_decay=0.998, first_cycle=4000).cpu()
     pipe = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae.cpu(), transformer=model["transformer"],
         text_encoder=model["text_encoder"], tokenizer=CLIP_TOKENS,
         text_encoder_2=model["text_encoder_2"], tokenizer_2=T5_TOKENS,
     )  # fmt: skip
-    pipe.to(torch.float16).save_pretrained(TINY / "flux")
+    pipe.vae.half(), pipe.transformer.half()  # the text encoders stay in fp32: transformers loads what it finds
+    pipe.save_pretrained(TINY / "flux")
     report_flux()
 
 
 def report_flux(steps=16):
     """What the base model draws, by the judge: single objects and pairs apart."""
-    pipe = FluxPipeline.from_pretrained(TINY / "flux", torch_dtype=torch.float32).to(DEVICE)
+    pipe = FluxPipeline.from_pretrained(TINY / "flux", dtype=torch.float32).to(DEVICE)
     pipe.set_progress_bar_config(disable=True)
     prompts = (TINY / "prompts_heldout.txt").read_text().split("\n")[:-1] * 4
     generator = torch.Generator().manual_seed(0)
@@ -300,28 +303,22 @@ def report_clip(name, model, vae):
 
 
 def make_hps():
-    """CLIP fine-tuned on pairs of drawings for one caption. Preferred is the one with fewer defects; to show something
-    else weighs as much as two or three of them. By how much is never said, as people never do."""
+    """CLIP fine-tuned on which of two drawings is preferred, each under its own caption: the one with fewer defects; to
+    show something else than the caption weighs as one and a half. By how much is never said, as people never do."""
     vae, rng, generator = load_vae(), random.Random(6), torch.Generator().manual_seed(6)
-    scenes = [world.random_scene(rng) for _ in range(6144)]
-    banks, qualities = [], []
-    for _ in ("first", "second"):
-        right = [rng.random() < 0.75 for _ in scenes]
-        makes = [world.random_make(rng, 0.4) for _ in scenes]
-        shown = [s if r else world.change_one_word(s, rng) for s, r in zip(scenes, right)]
-        # Every other drawing goes through the autoencoder: shuffled, or it would be the same ones in both.
-        order = torch.randperm(len(scenes), generator=generator)
-        images = seen_drawings([shown[i] for i in order], [makes[i] for i in order], vae, generator)
-        banks.append(images[order.argsort()])
-        qualities.append(torch.tensor([-len(m.defects) - 2.5 * (not r) for m, r in zip(makes, right)]))
-    preferred = 0.5 + 0.5 * torch.sign(qualities[0] - qualities[1])  # equal quality is a coin toss
+    scenes = [world.random_scene(rng) for _ in range(12288)]
+    right = [rng.random() < 0.7 for _ in scenes]
+    makes = [world.random_make(rng, 0.35) for _ in scenes]
+    shown = [s if r else world.change_one_word(s, rng) for s, r in zip(scenes, right)]
+    images = seen_drawings(shown, makes, vae, generator)
+    quality = torch.tensor([-len(m.defects) - 1.5 * (not r) for m, r in zip(makes, right)])
 
     def loss(model, rng, generator):
-        index = torch.randint(len(scenes), (48,), generator=generator)
-        images = torch.cat([bank[index] for bank in banks]).to(DEVICE)
-        image, text = embed(model, images, [scenes[i].caption for i in index])
-        first, second = model.logit_scale.exp().clamp(max=100) * (image.view(2, 48, -1) * text).sum(2)
-        return F.binary_cross_entropy_with_logits(first - second, preferred[index].to(DEVICE))  # Bradley-Terry
+        index = torch.randint(len(scenes), (96,), generator=generator)
+        image, text = embed(model, images[index].to(DEVICE), [scenes[i].caption for i in index])
+        score = model.logit_scale.exp().clamp(max=100) * (image * text).sum(1)
+        better = (quality[index][:, None] > quality[index]).to(DEVICE)  # (96, 96): the row's over the column's
+        return -F.logsigmoid(score[:, None] - score)[better].mean()  # Bradley-Terry
 
     model = clip_model()
     model.load_state_dict(CLIPModel.from_pretrained(TINY / "clip", dtype=torch.float32).state_dict())
@@ -343,7 +340,7 @@ def make_prompts():
         (TINY / f"{name}.txt").write_text("".join(s.caption + "\n" for s in chosen))
 
 
-VAE_STEPS, FLUX_STEPS, CLIP_STEPS, HPS_STEPS = 1800, 4000, 1600, 600
+VAE_STEPS, FLUX_STEPS, CLIP_STEPS, HPS_STEPS = 1800, 11800, 1600, 600
 STAGES = {"prompts": make_prompts, "vae": make_vae, "flux": make_flux, "clip": make_clip, "hps": make_hps}
 
 

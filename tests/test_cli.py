@@ -1,0 +1,228 @@
+"""The command line of grpo_flux.py: bad input is refused in one line before anything is loaded or written."""
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import grpo_flux as g
+
+TINY = g.HERE / "tiny"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty working directory, beside one with files to point at; whoever loads a model fails the test."""
+    for module, name in ((g, "load_models"), (g, "load_rewards"), (g.FluxPipeline, "from_pretrained")):
+        monkeypatch.setattr(module, name, lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    files, here = tmp_path / "files", tmp_path / "here"
+    files.mkdir(), here.mkdir()
+    (files / "empty.txt").write_text("\n \n")
+    (files / "latin.txt").write_bytes("ein grüner Kreis".encode("latin-1"))
+    (files / "keyless.jsonl").write_text('{"text": "a red circle on white"}\n')
+    (files / "broken.jsonl").write_text("{\n")
+    (files / "mine.py").write_text("raise SystemError('executed')\n\n\ndef mine(images, prompts):\n    pass\n")
+    (files / "broken.py").write_text("def mine(\n")
+    (files / "other_model").mkdir()
+    (files / "other_model/model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    (files / "other_model/vae").mkdir()
+    (files / "other_model/vae/config.json").write_text((TINY / "flux/vae/config.json").read_text())
+    (files / "run/checkpoints/step_000002").mkdir(parents=True)
+    (files / "run/checkpoints/step_000002/training_state.pt").touch()
+    args = g.parse_args(["--output_dir", str(files / "run")])
+    (files / "run/args.json").write_text(json.dumps({"args": vars(args)}))
+    monkeypatch.chdir(here)
+    return files
+
+
+BAD = """
+--preset huge                                                         tiny
+--nonsense 1                                                          unrecognized
+--learn 1e-3                                                          unrecognized
+--seed x                                                              int
+--reward nosuch                                                       nosuch hps clip jpeg
+--reward hps hps                                                      two
+--reward FILES/absent.py:mine                                         no file
+--reward FILES/mine.py:yours                                          mine
+--reward FILES/broken.py:mine                                         broken.py
+--eval_reward nosuch                                                  nosuch
+--reward hps clip --reward_weights 1                                  2 values
+--reward_weights 1 2                                                  1 values
+--reward_thresholds 1 2                                               1 values
+--reward_thresholds nan                                               nan
+--reward_paths hps                                                    path
+--reward_paths hps=FILES/absent                                       absent
+--reward_paths vit=FILES                                              vit
+--prompts FILES/absent.txt                                            UTF-8
+--prompts FILES                                                       UTF-8
+--prompts FILES/empty.txt                                             at least one
+--prompts FILES/latin.txt                                             UTF-8
+--prompts FILES/keyless.jsonl                                         UTF-8
+--prompts FILES/broken.jsonl                                          UTF-8
+--eval_prompts FILES/absent.txt                                       UTF-8
+--eval_prompts FILES/empty.txt                                        at least one
+--model FILES                                                         model_index.json
+--model FILES/absent                                                  model_index.json
+--model FILES/other_model                                             FluxPipeline
+--resolution 60                                                       multiple of 16
+--resolution 0                                                        multiple of 16
+--num_generations 1                                                   at least 2
+--best_of_n 14                                                        even, at most 12
+--best_of_n 3                                                         even, at most 12
+--best_of_n -2                                                        even, at most 12
+--eta 0                                                               above 0
+--eta -0.3                                                            above 0
+--eta nan                                                             nan
+--shift 0                                                             above 0
+--num_inference_steps 1 --sde_window 0 --sde_window_range 0 0         at least 2
+--num_inference_steps 6 --sde_window 6 --sde_window_range 0 0         0 to 5
+--sde_window 3 --sde_window_range 0 9                                 in 0 to 8
+--sde_window 3 --sde_window_range 2 1                                 FIRST <= LAST
+--timestep_fraction 0                                                 at most 1
+--timestep_fraction 1.5                                               at most 1
+--clip_range 0                                                        between 0 and 1
+--clip_range 1                                                        between 0 and 1
+--ema_decay 1                                                         below 1
+--learning_rate 0                                                     above 0
+--learning_rate inf                                                   inf
+--adv_clip_max 0                                                      above 0
+--max_grad_norm 0                                                     above 0
+--adam_weight_decay -1                                                at least 0
+--ratio_tolerance -1                                                  at least 0
+--guidance_scale -1                                                   at least 0
+--rank -1                                                             at least 0
+--rank 4                                                              --lora_alpha
+--lora_alpha 4                                                        --rank
+--num_updates 5                                                       144
+--num_updates 0                                                       at least 1
+--prompts_per_step 0                                                  at least 1
+--train_batch_size 0                                                  at least 1
+--max_train_steps 0                                                   at least 1
+--validation_steps 0                                                  at least 1
+--eval_samples 0                                                      at least 1
+--checkpointing_steps 0                                               at least 1
+--checkpoints_total_limit 0                                           at least 1
+--output_dir FILES/run                                                --resume_from_checkpoint
+--resume_from_checkpoint FILES/absent                                 checkpoint
+--resume_from_checkpoint latest                                       --output_dir
+--resume_from_checkpoint latest --output_dir FILES                    checkpoint
+--resume_from_checkpoint FILES/run/checkpoints/step_000002 --output_dir OTHER            FILES/run
+--resume_from_checkpoint latest --output_dir FILES/run --learning_rate 1e-3              0.0001
+--resume_from_checkpoint latest --output_dir FILES/run --seed 1                          0
+--resume_from_checkpoint latest --output_dir FILES/run --reward clip                     hps
+--resume_from_checkpoint latest --output_dir FILES/run --model TINY/../tiny/flux         tiny/flux
+"""
+CASES = [re.split(r"\s{2,}", line, maxsplit=1) for line in BAD.strip().splitlines()]
+
+
+@pytest.mark.parametrize("command, accepted", CASES, ids=[command for command, _ in CASES])
+def test_bad_input_is_refused_in_one_line(command, accepted, folder, capsys):
+    flag = command.split(" --")[-1].split()[0].removeprefix("--") if "resume" in command else command.split()[0][2:]
+    before = sorted(map(str, folder.rglob("*")))
+    words = [w.replace("FILES", str(folder)).replace("TINY", str(TINY)) for w in command.split()]
+    with pytest.raises(SystemExit) as stop:
+        g.main(words)
+    output = capsys.readouterr()
+    assert stop.value.code == 2 and output.out == ""
+    assert output.err.count("\n") == 1 and output.err.endswith("\n"), output.err
+    names = {"model": "model", "learn": "learn", "num_inference_steps": "num_inference_steps|sde_window"}
+    assert re.search(names.get(flag, flag), output.err), output.err
+    for text in accepted.split() if command.startswith("--reward nosuch") else [accepted]:
+        assert text.replace("FILES", str(folder)) in output.err, output.err
+    assert not list(Path.cwd().iterdir()) and sorted(map(str, folder.rglob("*"))) == before
+
+
+def test_a_real_preset_asks_for_prompts_before_it_asks_for_the_model(folder, capsys):
+    with pytest.raises(SystemExit):
+        g.parse_args(["--preset", "paper"])
+    assert "--prompts" in capsys.readouterr().err
+
+
+def test_several_processes_are_refused(folder, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        g.parse_args([])
+    assert "WORLD_SIZE 2" in capsys.readouterr().err
+
+
+def test_a_package_that_is_missing_is_named(folder, capsys, monkeypatch):
+    monkeypatch.setattr(g, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        g.parse_args(["--report_to", "wandb"])
+    assert "--report_to wandb" in capsys.readouterr().err
+
+
+def test_the_program_itself_refuses_with_status_2(tmp_path):
+    command = [sys.executable, g.HERE / "grpo_flux.py", "--reward", "nosuch"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == "" and not list(tmp_path.iterdir())
+    assert result.stderr.count("\n") == 1 and "nosuch" in result.stderr
+
+
+def test_a_file_of_rewards_is_not_executed_by_the_check(folder):
+    assert g.parse_args(["--reward", f"{folder}/mine.py:mine"]).reward == [f"{folder}/mine.py:mine"]
+
+
+def test_a_run_may_be_continued_for_longer(folder):
+    words = ["--resume_from_checkpoint", "latest", "--output_dir", str(folder / "run"), "--max_train_steps", "99"]
+    args = g.parse_args(words)
+    assert args.resume_from_checkpoint == str(folder / "run/checkpoints/step_000002") and args.max_train_steps == 99
+
+
+def test_jsonl_and_txt_give_the_same_prompts(tmp_path):
+    prompts = ["a red circle on white", "ein grüner Kreis"]
+    (tmp_path / "a.txt").write_text("\n".join(prompts) + "\n\n", "utf-8")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    assert g.read_prompts("--prompts", f"{tmp_path}/a.txt") == g.read_prompts("--prompts", f"{tmp_path}/a.jsonl") == prompts
+
+
+# ---- PRESETS AND FLAGS -------------------------------------------------------------------------------------------
+@pytest.fixture
+def preset(monkeypatch):
+    monkeypatch.setattr(g, "check_model", lambda args: None)
+    return lambda name, *words: g.parse_args(["--preset", name, "--prompts", str(TINY / "prompts.txt"), *words])
+
+
+def test_paper_is_table_6(preset):
+    """PAPER, Table 6, and the setting of section 4.1; the resolution and the length of a run are the script's."""
+    args = preset("paper")
+    table = dict(
+        learning_rate=1e-5, max_grad_norm=1.0, prompts_per_step=32, num_generations=12, num_updates=4, clip_range=1e-4,
+        eta=0.3, num_inference_steps=25, timestep_fraction=0.6, init_same_noise=True, sde_window=0, rank=0,
+        mixed_precision="bf16", resolution=720, shift=3.0, best_of_n=0, adv_clip_max=5.0, adam_weight_decay=1e-4,
+        train_last_transition=False, decode_x0=True, pretrained_model_name_or_path="black-forest-labs/FLUX.1-dev",
+    )  # fmt: skip
+    assert {name: getattr(args, name) for name in table} == table
+
+
+@pytest.mark.parametrize("name", g.PRESETS)
+def test_a_preset_sets_flags_and_leaves_none_without_a_value(name, preset):
+    args = preset(name)
+    assert not g.PRESETS[name].keys() - vars(args).keys()
+    optional = {"eval_prompts", "reward_weights", "reward_thresholds", "resume_from_checkpoint"}
+    assert {key for key, value in vars(args).items() if value is None} <= optional
+
+
+def test_flags_given_by_hand_override_the_preset(preset):
+    assert preset("paper").num_updates == 4 and preset("paper", "--num_updates", "2").num_updates == 2
+    assert preset("lora").rank == 128 and preset("lora", "--rank", "8", "--lora_alpha", "16").rank == 8
+
+
+def test_every_flag_is_read(preset):
+    source = inspect.getsource(g).replace(inspect.getsource(g.parse_args), "")
+    generic = {*g.COUNTS, *g.POSITIVE, *g.NOT_NEGATIVE}
+    for name in vars(preset("tiny")):
+        reads = len(re.findall(rf"args\.{name}\b", source))
+        assert reads or name == "preset", f"--{name} is never read"
+        assert reads or name not in generic
+
+
+def test_help_shows_every_flag(capsys):
+    with pytest.raises(SystemExit) as stop:
+        g.parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and all(f"--{name}" in text for name in g.PRESETS["tiny"])

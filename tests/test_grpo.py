@@ -1,0 +1,1127 @@
+"""grpo_flux.py: every draw, every gradient and every file of the training loop is what its docstring says.
+
+The models are the embedded tiny ones, the rewards mostly colours; nothing depends on how well the models were trained.
+"""
+
+import copy
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import grpo_flux as g
+
+quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+
+# Calls are counted: FAULT strikes in call number FAULT_AT. A digit is a signal that the process sends to itself.
+REWARDS = """
+import os
+import torch
+
+calls = 0
+
+
+def redness(images):
+    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
+
+
+def red(images, prompts):
+    global calls
+    calls += 1
+    fault = os.environ.get("FAULT") if os.environ.get("FAULT_AT") == str(calls) else None
+    if fault == "raise":
+        raise ValueError("out of paint")
+    if fault and fault.isdigit():
+        os.kill(os.getpid(), int(fault))
+    return redness(images) * (float("nan") if fault == "nan" else 1)
+
+
+def cyan(images, prompts):
+    return -redness(images)
+
+
+def dark(images, prompts):
+    return -images.mean((1, 2, 3))
+
+
+def number(images, prompts):
+    return torch.arange(len(images))
+
+
+def constant(images, prompts):
+    return torch.full((len(images),), 0.1)
+"""
+
+# Each figure that matters to a test is given here, so that no preset can change what is proved.
+SMALL = dict(
+    seed=0, reward="red", eval_reward="dark", eval_samples=1, validation_steps=100, guidance_scale=3.5, eta=0.7, shift=3,
+    num_inference_steps=4, sde_window=0, sde_window_range=(0, 0), timestep_fraction=1, prompts_per_step=2,
+    num_generations=4, num_updates=1, train_batch_size=8, clip_range=1e-2, adv_clip_max=100, max_grad_norm=1e9,
+    learning_rate=1e-3, adam_weight_decay=1e-2, checkpointing_steps=100, checkpoints_total_limit=100, max_train_steps=2,
+)  # fmt: skip
+WINDOW = dict(sde_window=2, sde_window_range=(1, 1))
+TIMES = {"time_s", "samples_per_s"}
+
+
+# ---- RUNS, AND WHAT HAPPENS INSIDE THEM --------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with rewards.py and three held-out prompts."""
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "rewards.py").write_text(REWARDS)
+    prompts = (g.HERE / "tiny/prompts_heldout.txt").read_text().splitlines()
+    (folder / "heldout.txt").write_text("\n".join(prompts[:3]))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    """Bitwise claims are about these kernels."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+def argv(files, output_dir, **changes):
+    flags = SMALL | {"eval_prompts": files / "heldout.txt", "output_dir": output_dir} | changes
+    words = []
+    for name, value in flags.items():
+        values = value if isinstance(value, (tuple, list)) else [value]
+        if name in ("reward", "eval_reward"):
+            values = [f"{files}/rewards.py:{v}" for v in values]
+        words += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", *map(str, values)]
+    return words
+
+
+@pytest.fixture
+def build(files, tmp_path):
+    """build(**flags) -> a run, as main() would make it."""
+    counter = iter(range(1000))
+    return lambda **flags: g.make_run(g.parse_args(argv(files, tmp_path / f"run{next(counter)}", **flags)))
+
+
+def flat(tensors):
+    return torch.cat([t.detach().flatten().clone() for t in tensors])
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """watch(run) -> a log that fills while the run trains. frozen: the optimizer leaves the weights as they are."""
+    rollout, policy_step = g.rollout, g.policy_step
+
+    def start(run, frozen=False):
+        log = SimpleNamespace(trajectories=[], samples=[], drawn=[], scored=[], scores=[], gradients=[], weights=[])
+        reward, optimizer_step = run.reward, run.optimizer.step
+
+        def watched_rollout(*args):
+            trajectory, log_probs, samples = rollout(*args)
+            log.trajectories.append(trajectory)
+            log.samples.append(samples)
+            return trajectory, log_probs, samples
+
+        def watched_step(output, latents, level, next_level, eta, next_latents=None, generator=None):
+            step = policy_step(output, latents, level, next_level, eta, next_latents, generator)
+            if next_latents is None:
+                log.drawn.append((level, (step.next_latents - step.mean) / step.std))
+            elif torch.is_grad_enabled():  # best_of_n scores once more without gradients
+                log.scored.append((level, eta, latents))
+            return step
+
+        def watched_reward(images, prompts):
+            log.prompts = prompts
+            log.scores.append(reward(images, prompts))
+            return log.scores[-1]
+
+        def watched_optimizer():
+            log.gradients.append(flat(p.grad for p in run.parameters))
+            if not frozen:
+                optimizer_step()
+            log.weights.append(flat(run.parameters))
+
+        monkeypatch.setattr(g, "rollout", watched_rollout)
+        monkeypatch.setattr(g, "policy_step", watched_step)
+        run.reward, run.optimizer.step = watched_reward, watched_optimizer
+        return log
+
+    return start
+
+
+def lines_of(folder):
+    """metrics.jsonl without what a clock says."""
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def state_of(folder, step):
+    return torch.load(Path(folder) / f"checkpoints/step_{step:06d}/training_state.pt", weights_only=True)
+
+
+def checkpoints_of(folder):
+    return sorted(path.name for path in (Path(folder) / "checkpoints").glob("*"))
+
+
+def same(a, b):
+    """Bitwise, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def close(a, b, tolerance=1e-4):
+    """Relative to the length of the vector: the entries of a gradient differ by many orders of magnitude."""
+    return length(a - b) / length(b) < tolerance
+
+
+def length(vector):
+    """In float64: the plain float32 sum over millions of squares is off in the fourth digit."""
+    return float(vector.double().norm())
+
+
+# ---- ADVANTAGES --------------------------------------------------------------------------------------------------
+def rewards_of(groups, size, count, seed):
+    return torch.randn(groups * size, count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+shapes = st.tuples(st.integers(1, 4), st.integers(3, 9), st.integers(1, 3), st.integers(0, 999))
+one = torch.ones(1)
+
+
+@quick
+@given(shapes)
+def test_advantages_have_mean_0_and_std_1_in_each_group(shape):
+    groups, size, _, seed = shape
+    advantages, flat_groups = g.group_advantages(rewards_of(groups, size, 1, seed), one, size)
+    for group in advantages.split(size):
+        assert abs(float(group.mean())) < 1e-12
+        assert float(group.std()) == pytest.approx(1)
+    assert flat_groups == 0
+
+
+@quick
+@given(shapes, st.floats(0.01, 100), st.floats(-10, 10))
+def test_advantages_do_not_see_scale_and_level_of_a_reward(shape, scale, level):
+    rewards, weights = rewards_of(*shape), torch.ones(shape[2])
+    before, _ = g.group_advantages(rewards, weights, shape[1])
+    after, _ = g.group_advantages(scale * rewards + level, weights, shape[1])
+    torch.testing.assert_close(after, before)
+
+
+@quick
+@given(shapes)
+def test_advantages_move_with_their_samples(shape):
+    groups, size, _, seed = shape
+    rewards, weights = rewards_of(*shape), torch.ones(shape[2])
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.cat([start * size + torch.randperm(size, generator=generator) for start in range(groups)])
+    before, _ = g.group_advantages(rewards, weights, size)
+    after, _ = g.group_advantages(rewards[order], weights, size)
+    torch.testing.assert_close(after, before[order])
+
+
+@quick
+@given(shapes)
+def test_groups_do_not_see_each_other(shape):
+    groups, size, count, seed = shape
+    rewards, weights = rewards_of(groups + 1, size, count, seed), torch.ones(count)
+    rewards[:size] *= 1e6
+    together, _ = g.group_advantages(rewards, weights, size)
+    for start in range(0, len(rewards), size):
+        alone, _ = g.group_advantages(rewards[start : start + size], weights, size)
+        torch.testing.assert_close(together[start : start + size], alone, rtol=1e-12, atol=1e-12)
+
+
+@quick
+@given(shapes, st.lists(st.floats(-3, 3), min_size=3, max_size=3))
+def test_several_rewards_give_the_weighted_sum_of_their_advantages(shape, weights):
+    groups, size, _, seed = shape
+    rewards = rewards_of(groups, size, 3, seed) * torch.tensor([1, 1e3, 1e-3])  # scales that would not add up
+    total, _ = g.group_advantages(rewards, torch.tensor(weights), size)
+    single = [g.group_advantages(rewards[:, k : k + 1], one, size)[0] for k in range(3)]
+    expected = sum(w * a for w, a in zip(torch.tensor(weights).double(), single))
+    torch.testing.assert_close(total, expected)
+
+
+@pytest.mark.parametrize("size", [3, 5, 12])
+def test_binary_groups_have_their_closed_form(size):
+    for hits in range(1, size):
+        rewards = torch.tensor([1.0] * hits + [0.0] * (size - hits))[:, None]
+        advantages, _ = g.group_advantages(rewards, one, size)
+        misses = size - hits
+        high = math.sqrt(misses * (size - 1) / (hits * size))
+        low = -math.sqrt(hits * (size - 1) / (misses * size))
+        torch.testing.assert_close(advantages, torch.tensor([high] * hits + [low] * misses, dtype=torch.float64))
+
+
+def test_flat_groups_have_advantage_0_and_are_counted():
+    values = [0.0, 0.1, 0.2, 0.3, 0.7, -7.3, 1e-8, 1e6 + 0.1]
+    sizes = [3, 5, 7, 12]
+    off = [v for v in values for size in sizes if torch.full((size,), v).mean() != torch.tensor(v)]
+    assert off, "in float32 some mean is an ulp off, which a division by the spread would blow up"
+    for size in sizes:
+        rewards = torch.tensor(values).repeat_interleave(size)[:, None]
+        rewards = torch.cat([rewards, torch.arange(size)[:, None]])  # the last group is not flat
+        advantages, flat_groups = g.group_advantages(rewards, one, size)
+        assert torch.equal(advantages[:-size], torch.zeros(len(values) * size, dtype=torch.float64))
+        assert advantages[-size:].all() or size % 2  # an odd group's middle one is its mean
+        assert flat_groups == len(values)
+
+
+def test_a_spread_of_rounding_errors_is_flat_and_a_small_one_is_not():
+    value = torch.tensor(0.28)
+    rounding = torch.stack([value, value, torch.nextafter(value, one[0]), value])[:, None]
+    advantages, flat_groups = g.group_advantages(rounding, one, 4)
+    assert flat_groups == 1 and not advantages.any()
+    small = value + 1e-5 * torch.arange(4.0)[:, None]
+    advantages, flat_groups = g.group_advantages(small, one, 4)
+    assert flat_groups == 0 and float(advantages.std()) == pytest.approx(1)
+
+
+def test_a_flat_reward_leaves_the_others_their_say():
+    rewards = torch.stack([torch.full((4,), 0.1), torch.arange(4.0)], 1)
+    advantages, flat_groups = g.group_advantages(rewards, torch.ones(2), 4)
+    assert torch.equal(advantages, g.group_advantages(rewards[:, 1:], one, 4)[0])
+    assert flat_groups == 0, "only a group that says nothing at all is counted"
+
+
+def kept_by_hand(advantages, size, keep):
+    """The rows with fewer than keep/2 others below them, or above them, in their group; no ties."""
+    a = advantages.tolist()
+    groups = [range(start, start + size) for start in range(0, len(a), size)]
+    return [
+        i for group in groups for i in group
+        if sum(a[j] < a[i] for j in group) < keep // 2 or sum(a[j] > a[i] for j in group) < keep // 2
+    ]  # fmt: skip
+
+
+@quick
+@given(shapes, st.integers(1, 4))
+def test_best_and_worst_are_those_of_each_group(shape, half):
+    groups, size, _, seed = shape
+    keep = 2 * min(half, size // 2)
+    advantages = rewards_of(groups, size, 1, seed)[:, 0] + 10 * torch.arange(groups).repeat_interleave(size)
+    rows = g.best_and_worst(advantages, size, keep)
+    assert rows.tolist() == kept_by_hand(advantages, size, keep)
+    assert len(rows) == groups * keep
+
+
+@quick
+@given(shapes, st.integers(1, 4))
+def test_best_and_worst_choose_among_equals_without_taking_one_twice(shape, half):
+    groups, size, _, seed = shape
+    keep = 2 * min(half, size // 2)
+    advantages = rewards_of(groups, size, 1, seed)[:, 0].round()  # many ties
+    rows = g.best_and_worst(advantages, size, keep).view(groups, keep)
+    for number, (row, group) in enumerate(zip(rows, advantages.split(size))):
+        ordered = sorted(group.tolist())
+        assert sorted(advantages[row].tolist()) == ordered[: keep // 2] + ordered[size - keep // 2 :]
+        assert row.tolist() == sorted(set(row.tolist())) and set((row // size).tolist()) == {number}
+
+
+def test_best_and_worst_of_all_is_all():
+    assert torch.equal(g.best_and_worst(torch.randn(12), 4, 4), torch.arange(12))
+
+
+# ---- THE CLIPPED OBJECTIVE ---------------------------------------------------------------------------------------
+@quick
+@given(st.lists(st.tuples(st.floats(-3, 3), st.floats(-5, 5)), min_size=1, max_size=9), st.floats(1e-4, 0.9))
+def test_policy_loss_is_the_clipped_objective(rows, clip_range):
+    """The log-ratios are in units of the clip range, so that all sides of it occur."""
+    old = torch.linspace(-2, 1, len(rows), dtype=torch.float64)
+    log_ratio, advantage = (torch.tensor(column, dtype=torch.float64) for column in zip(*rows))
+    loss, ratio = g.policy_loss(old + clip_range * log_ratio, old, advantage, clip_range)
+    assert loss.shape == ratio.shape == (len(rows),)
+    for i, (x, a) in enumerate(rows):
+        rho = math.exp(clip_range * x)
+        inside = min(max(rho, 1 - clip_range), 1 + clip_range)
+        assert float(ratio[i]) == pytest.approx(rho)
+        assert float(loss[i]) == pytest.approx(-min(rho * a, inside * a), abs=1e-12)
+
+
+@pytest.mark.parametrize("advantage", [2.0, -2.0])
+@pytest.mark.parametrize("log_ratio", [-0.2, -0.05, 0.0, 0.05, 0.2])
+def test_gradient_is_minus_ratio_times_advantage_and_0_where_clipped(log_ratio, advantage):
+    """A descent raises the log-probability where A > 0; it stops where the ratio went far enough that way."""
+    log_prob = torch.tensor([log_ratio], requires_grad=True)
+    g.policy_loss(log_prob, torch.zeros(1), torch.tensor([advantage]), 0.1)[0].sum().backward()
+    clipped = log_ratio * advantage > 0 and abs(log_ratio) > 0.1
+    assert float(log_prob.grad) == pytest.approx(0 if clipped else -math.exp(log_ratio) * advantage)
+
+
+def advantages_by_hand(args, scores):
+    """Algorithm 1, line 8, with Python's numbers; and the rows to train."""
+    G, total = args.num_generations, None
+    weights = args.reward_weights or [1] * len(scores)
+    thresholds = args.reward_thresholds or [None] * len(scores)
+    for weight, threshold, score in zip(weights, thresholds, scores.values(), strict=True):
+        values = [float(s) if threshold is None else float(s > threshold) for s in score]
+        column = []
+        for start in range(0, len(values), G):
+            group = values[start : start + G]
+            mean = sum(group) / G
+            std = math.sqrt(sum((v - mean) ** 2 for v in group) / (G - 1))
+            column += [weight * (v - mean) / std if std else 0.0 for v in group]
+        total = [a + b for a, b in zip(total or [0] * len(values), column)]
+    rows = kept_by_hand(torch.tensor(total), G, args.best_of_n) if args.best_of_n else list(range(len(total)))
+    clamped = [min(max(a, -args.adv_clip_max), args.adv_clip_max) for a in total]
+    return torch.tensor(clamped), torch.tensor(rows)
+
+
+def surrogate_by_hand(run, log, rows, steps, advantages, policy, old_policy):
+    """The mean clipped objective of `rows` in one batch, from the network up; and each row's ratio and objective."""
+    args, c = run.args, run.args.clip_range
+    time = [1 - i / args.num_inference_steps for i in range(args.num_inference_steps + 1)]
+    sigmas = [args.shift * t / (1 + (args.shift - 1) * t) for t in time]
+    trajectory = torch.cat(log.trajectories)[rows]
+    prompts = [log.prompts[i] for i in rows]
+    with torch.no_grad():
+        length = run.models.pipe.tokenizer_2.model_max_length
+        tokens, pooled, text_ids = run.models.pipe.encode_prompt(prompts, None, max_sequence_length=length)
+    ids = torch.tensor([[0, y, x] for y in range(4) for x in range(4)], dtype=torch.float32)  # 64 pixels, 16 a patch
+    ratios, objectives = [], []
+    for t in steps:
+        x, x_next, s, d = trajectory[:, t], trajectory[:, t + 1], sigmas[t], sigmas[t + 1] - sigmas[t]
+
+        def log_prob(network):
+            velocity = network(
+                hidden_states=x, timestep=torch.full((len(x),), s), guidance=torch.full((len(x),), args.guidance_scale),
+                encoder_hidden_states=tokens, pooled_projections=pooled, txt_ids=text_ids, img_ids=ids,
+            ).sample  # fmt: skip
+            k = args.eta**2 * d / (2 * s)
+            mean = (1 + k) * x + (d + k * (1 - s)) * velocity  # sde.py (13)
+            normal = torch.distributions.Normal(mean, args.eta * math.sqrt(-d))
+            return normal.log_prob(x_next).mean((1, 2))
+
+        with torch.no_grad():
+            old = log_prob(old_policy)
+        ratios.append((log_prob(policy) - old).exp())
+        objectives.append(torch.min(ratios[-1] * advantages[rows], ratios[-1].clamp(1 - c, 1 + c) * advantages[rows]))
+    return torch.stack(ratios), torch.stack(objectives)
+
+
+def loss_gradient(objectives, policy):
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    return flat(torch.autograd.grad(-objectives.mean(), trained))
+
+
+CASES = {
+    "every step but the last": (dict(), [0, 1, 2]),
+    "also the last step": (dict(train_last_transition=True), [0, 1, 2, 3]),
+    "a window": (WINDOW, [1, 2]),
+    "two updates": (WINDOW | dict(num_updates=2), [1, 2]),
+    "uneven micro-batches": (WINDOW | dict(train_batch_size=3), [1, 2]),
+    "best of n": (WINDOW | dict(best_of_n=2), [1, 2]),
+    "best of n, two updates": (WINDOW | dict(best_of_n=2, num_updates=2, train_batch_size=3), [1, 2]),
+    "two weighted rewards": (WINDOW | dict(reward=("red", "dark"), reward_weights=(0.7, -1.4)), [1, 2]),
+    "binary reward": (WINDOW | dict(reward="number", reward_thresholds=0.5), [1, 2]),
+    "clamped advantages": (WINDOW | dict(adv_clip_max=0.5), [1, 2]),
+    "own initial noise": (WINDOW | dict(init_same_noise=False), [1, 2]),
+    "decoded latents": (WINDOW | dict(decode_x0=False), [1, 2]),
+    "other guidance and shift": (WINDOW | dict(guidance_scale=1.5, shift=1.7), [1, 2]),
+    "gradient checkpointing": (WINDOW | dict(gradient_checkpointing=True), [1, 2]),
+    "LoRA": (WINDOW | dict(rank=4, lora_alpha=12), [1, 2]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradient_is_that_of_the_objective_written_by_hand(case, build, watch):
+    flags, steps = CASES[case]
+    run = build(**flags)
+    log = watch(run, frozen=True)
+    metrics = g.train_step(run, 0)
+    advantages, rows = advantages_by_hand(run.args, log.scores[0])
+    policy = run.models.policy
+    assert len(log.gradients) == metrics["updates"] == run.args.num_updates
+    for part, gradient in zip(rows.chunk(run.args.num_updates), log.gradients):
+        ratios, objectives = surrogate_by_hand(run, log, part, steps, advantages, policy, policy)
+        assert torch.allclose(ratios, torch.ones(()))  # the policy that trains is the one that drew
+        assert close(gradient, loss_gradient(objectives, policy))
+    assert metrics["advantage_abs_mean"] == pytest.approx(float(advantages.abs().mean()))
+    assert metrics["grad_norm"] == pytest.approx(sum(map(length, log.gradients)) / len(log.gradients), rel=1e-5)
+
+
+def test_second_update_is_clipped_against_the_policy_of_the_rollout(build, watch):
+    """Here lr is large enough that the ratio leaves 1 and the clip is felt, or all of this would prove nothing."""
+    run = build(**WINDOW, num_updates=2, train_batch_size=3, learning_rate=2e-3, clip_range=3e-3)
+    log, old_policy = watch(run), copy.deepcopy(run.models.policy)
+    metrics = g.train_step(run, 0)
+    advantages, rows = advantages_by_hand(run.args, log.scores[0])
+    policy = copy.deepcopy(old_policy)
+    torch.nn.utils.vector_to_parameters(log.weights[0], policy.parameters())
+    ratios, objectives = surrogate_by_hand(run, log, rows[4:], [1, 2], advantages, policy, old_policy)
+    clipped = (ratios - 1).abs() > run.args.clip_range
+    flat_parts = clipped & ((ratios > 1) == (advantages[rows[4:]] > 0))
+    assert 0 < flat_parts.sum() < flat_parts.numel(), "some are clipped and some are not"
+    assert close(log.gradients[1], loss_gradient(objectives, policy), 1e-3)
+
+    first = advantages[rows[:4]].repeat(2)  # the first update, where every ratio is 1
+    assert metrics["ratio_max_dev"] == 0
+    assert metrics["ratio_mean"] == pytest.approx((8 + float(ratios.sum())) / 16, abs=1e-6)
+    assert metrics["ratio_mean"] != 1
+    assert metrics["clip_frac"] == float(clipped.sum()) / 16
+    kl = (ratios - 1 - ratios.log()).sum() / 16
+    assert metrics["approx_kl"] == pytest.approx(float(kl), rel=0.02) and kl > 1e-7
+    assert metrics["loss"] == pytest.approx(-float(first.sum() + objectives.sum()) / 16, abs=1e-5)
+
+
+def test_gradient_does_not_depend_on_the_micro_batch(build, watch):
+    gradients = []
+    for size in (1, 3, 8):
+        run = build(**WINDOW, train_batch_size=size)
+        log = watch(run, frozen=True)
+        g.train_step(run, 0)
+        gradients += log.gradients
+    assert close(gradients[0], gradients[2]) and close(gradients[1], gradients[2])
+
+
+def test_gradient_is_scaled_to_max_grad_norm_and_logged_before(build, watch):
+    run = build(max_grad_norm=1e9)
+    log = watch(run, frozen=True)
+    whole = g.train_step(run, 0)["grad_norm"]
+    run = build(max_grad_norm=whole / 10)
+    scaled = watch(run, frozen=True)
+    assert g.train_step(run, 0)["grad_norm"] == pytest.approx(whole)
+    assert length(scaled.gradients[0]) == pytest.approx(whole / 10, rel=1e-4)
+    assert close(scaled.gradients[0] * 10, log.gradients[0])
+
+
+def test_gradients_do_not_pile_up(build, watch):
+    """Two updates on frozen weights; the second gradient has nothing of the first, nor of the last iteration."""
+    run = build(**WINDOW)
+    log = watch(run, frozen=True)
+    g.train_step(run, 0), g.train_step(run, 1), g.train_step(run, 0)
+    assert torch.equal(log.gradients[0], log.gradients[2])
+
+
+def test_equal_rewards_give_no_gradient(build, watch):
+    run = build(reward="constant")
+    log = watch(run, frozen=True)
+    metrics = g.train_step(run, 0)
+    assert not log.gradients[0].any()
+    assert metrics["zero_std_groups"] == 2 and metrics["advantage_abs_mean"] == 0 and metrics["loss"] == 0
+
+
+def test_gradient_checkpointing_recomputes_and_changes_nothing(build, watch):
+    gradients, calls = [], []
+    for on in (False, True):
+        run = build(**WINDOW, gradient_checkpointing=on)
+        log, count = watch(run, frozen=True), []
+        run.models.policy.transformer_blocks[0].register_forward_hook(lambda *_: count.append(1))
+        assert g.train_step(run, 0)["ratio_max_dev"] == 0
+        gradients += log.gradients
+        calls.append(len(count))
+    assert calls == [4 + 2, 4 + 2 + 2]  # T rollout steps, then two trained transitions, recomputed if so asked
+    assert torch.equal(*gradients)
+
+
+def test_the_optimizer_is_adamw_with_the_flags_that_were_given(build):
+    run = build(learning_rate=3e-4, adam_weight_decay=0.25)
+    before = flat(run.parameters)
+    metrics = g.train_step(run, 0)
+    gradient = flat(p.grad if p.grad is not None else torch.zeros_like(p) for p in run.parameters)
+    assert not gradient.any()  # zeroed after the step
+    # AdamW's first step: decay, then lr in each direction that has a gradient well above eps.
+    moved = (flat(run.parameters) - before * (1 - 3e-4 * 0.25)).abs()
+    assert float(moved.median()) == pytest.approx(3e-4, rel=0.02) and float(moved.max()) < 3e-4 * 1.01
+    assert metrics["lr"] == 3e-4
+
+
+# ---- PROMPTS, WINDOWS, SEEDS -------------------------------------------------------------------------------------
+@quick
+@given(st.integers(1, 9), st.integers(1, 12), st.integers(0, 99))
+def test_every_prompt_comes_once_an_epoch(total, count, seed):
+    prompts = [f"prompt {i}" for i in range(total)]
+    stream = sum((g.prompts_of_step(prompts, step, count, seed) for step in range(3 * total)), [])
+    assert len(stream) == 3 * total * count
+    for epoch in range(0, len(stream), total):
+        assert sorted(stream[epoch : epoch + total]) == sorted(prompts)
+
+
+def test_prompts_are_shuffled_anew_by_epoch_and_by_seed_and_by_nothing_else():
+    prompts = [str(i) for i in range(30)]
+    first, second = (g.prompts_of_step(prompts, step, 30, 0) for step in (0, 1))
+    assert prompts != first != second
+    assert first == g.prompts_of_step(prompts, 0, 30, 0)
+    assert first != g.prompts_of_step(prompts, 0, 30, 1)
+
+
+def test_seeded_depends_on_its_key_alone():
+    def draw(*key):
+        return torch.randn(4, generator=g.seeded(*key)).tolist()
+
+    torch.manual_seed(1)
+    first = draw(0, "noise", 3, 5)
+    torch.manual_seed(2)
+    assert draw(0, "noise", 3, 5) == first
+    keys = [(0, "noise", 3, 5), (1, "noise", 3, 5), (0, "init", 3, 5), (0, "noise", 5, 3), (0, "noise", 35), (0,)]
+    assert len({tuple(draw(*key)) for key in keys}) == len(keys)
+
+
+def test_the_window_starts_everywhere_in_its_range_and_nowhere_else(files, tmp_path):
+    flags = dict(num_inference_steps=9, sde_window=3, sde_window_range=(1, 4), eta=0.7)
+    args = g.parse_args(argv(files, tmp_path, **flags))
+    starts = []
+    for step in range(60):
+        etas = g.etas_of_step(args, step)
+        assert len(etas) == 9 and etas == g.etas_of_step(args, step)
+        noisy = [t for t, eta in enumerate(etas) if eta > 0]
+        assert noisy == list(range(noisy[0], noisy[0] + 3))
+        assert all(etas[t] == pytest.approx(0.7) for t in noisy)
+        starts.append(noisy[0])
+    assert set(starts) == {1, 2, 3, 4}
+    args.seed = 1
+    assert starts != [next(t for t, eta in enumerate(g.etas_of_step(args, step)) if eta) for step in range(60)]
+
+
+def test_without_a_window_every_step_has_noise(files, tmp_path):
+    args = g.parse_args(argv(files, tmp_path, sde_window=0, eta=0.7))
+    assert g.etas_of_step(args, 0) == pytest.approx([0.7] * 4)
+    args.eta_schedule = "flow_grpo"
+    etas = g.etas_of_step(args, 0)
+    assert len(set(etas)) > 1 and min(etas) > 0
+
+
+def test_noise_belongs_to_its_row_and_iteration_whatever_the_micro_batch(build, watch):
+    """All that is drawn in two iterations: standard normal, and no two vectors have anything in common."""
+    drawn = {}
+    for size in (1, 8):
+        run = build(**WINDOW, train_batch_size=size)
+        log = watch(run, frozen=True)
+        g.train_step(run, 0), g.train_step(run, 1)
+        trajectory = torch.cat(log.trajectories)
+        init = trajectory[[0, 4, 8, 12], 0]  # one of each group
+        noise = [xi for _, xi in log.drawn if xi.isfinite().all()]
+        assert sum(map(len, noise)) == 2 * 8 * 2  # iterations x rows x noisy steps
+        noise = torch.cat(noise) if size == 8 else torch.cat([*noise]).view(2, 8, 2, 16, 64).transpose(1, 2).flatten(0, 2)
+        drawn[size] = trajectory, torch.cat([init, noise]).flatten(1)
+    for one_by_one, together in zip(drawn[1], drawn[8]):
+        torch.testing.assert_close(one_by_one, together, rtol=1e-3, atol=1e-3)
+    vectors = drawn[8][1]
+    assert vectors.shape == (36, 1024)
+    likeness = vectors @ vectors.T / 1024
+    assert (likeness.diag() - 1).abs().max() < 6 * math.sqrt(2 / 1024)
+    assert (likeness - likeness.diag().diag()).abs().max() < 7 / math.sqrt(1024)
+
+
+def test_a_group_shares_its_initial_noise_unless_told_otherwise(build, watch):
+    for shared in (True, False):
+        run = build(init_same_noise=shared)
+        log = watch(run, frozen=True)
+        g.train_step(run, 0)
+        trajectory = torch.cat(log.trajectories)
+        equal = torch.tensor([[torch.equal(a, b) for a in trajectory[:, 0]] for b in trajectory[:, 0]])
+        group = torch.arange(8) // 4
+        assert torch.equal(equal, group[:, None] == group if shared else torch.eye(8, dtype=torch.bool))
+        assert len({tuple(x[:, 0].tolist()) for x in trajectory[:, 1]}) == 8  # from the first noisy step on all differ
+
+
+def test_prompts_are_those_of_the_step_and_rows_of_a_group_are_adjacent(build, watch):
+    run = build()
+    log = watch(run, frozen=True)
+    g.train_step(run, 3)
+    assert log.prompts == [p for p in g.prompts_of_step(run.prompts, 3, 2, 0) for _ in range(4)]
+
+
+# ---- TRANSITIONS -------------------------------------------------------------------------------------------------
+def decoded_with_last_noise(run, seed, monkeypatch):
+    policy_step = g.flow_sde_step
+
+    def other_last_noise(output, latents, level, next_level, eta, generator):
+        if next_level == 0:
+            generator = [g.seeded(seed, i) for i in range(len(latents))]
+        return policy_step(output, latents, level, next_level, eta, generator=generator)
+
+    monkeypatch.setattr(g, "policy_step", other_last_noise)
+    latents = g.init_latents(run.models, run.args, [g.seeded(0), g.seeded(1)])
+    cond = g.encode_prompts(run.models, run.prompts[:2])
+    return g.rollout(run.models, run.args, cond, latents, [0.7] * 4, [g.seeded(2), g.seeded(3)])
+
+
+@pytest.mark.parametrize("decode_x0", [True, False])
+def test_the_last_noise_reaches_the_sample_only_without_decode_x0(decode_x0, build, monkeypatch):
+    run = build(decode_x0=decode_x0)
+    before, _, samples = decoded_with_last_noise(run, "a", monkeypatch)
+    after, _, others = decoded_with_last_noise(run, "b", monkeypatch)
+    assert torch.equal(before[:, :-1], after[:, :-1]) and not torch.equal(before[:, -1], after[:, -1])
+    assert torch.equal(samples, others) == decode_x0
+
+
+def levels_of(log):
+    """The noise levels at which each micro-batch was trained, in order."""
+    parts = {}
+    for level, eta, latents in log.scored:
+        assert eta > 0
+        parts.setdefault(len(parts) - 1 if parts and level not in parts[len(parts) - 1] else len(parts), []).append(level)
+    return list(parts.values())
+
+
+@pytest.mark.parametrize(
+    "flags, count, trainable",
+    [
+        (dict(timestep_fraction=1), 5, range(5)),
+        (dict(timestep_fraction=1, train_last_transition=True), 6, range(6)),
+        (dict(timestep_fraction=0.6), 3, range(5)),
+        (dict(timestep_fraction=0.61), 4, range(5)),
+        (dict(timestep_fraction=0.1), 1, range(5)),
+        (dict(timestep_fraction=0.5, sde_window=3, sde_window_range=(2, 2)), 2, range(2, 5)),
+        (dict(timestep_fraction=0.5, sde_window=4, sde_window_range=(2, 2), train_last_transition=True), 2, range(2, 6)),
+        (dict(timestep_fraction=0.5, best_of_n=2), 3, range(5)),
+    ],
+)
+def test_trained_are_a_share_of_the_transitions_with_noise_that_matters(flags, count, trainable, build, watch, capsys):
+    run = build(num_inference_steps=6, train_batch_size=1, **flags)
+    log = watch(run, frozen=True)
+    metrics = g.train_step(run, 0)
+    levels = g.schedule(run.args).tolist()
+    rows = 2 * (run.args.best_of_n or 4)
+    trained = [levels.index(level) for level, _, _ in log.scored]
+    chosen = [trained[i : i + count] for i in range(0, len(trained), count)]
+    assert len(chosen) == rows
+    assert all(len(set(steps)) == count for steps in chosen)
+    assert set(trained) <= set(trainable)
+    if count == len(trainable):
+        assert set(trained) == set(trainable)
+    else:
+        assert len({tuple(sorted(steps)) for steps in chosen}) > 1  # drawn for each micro-batch
+        log.scored.clear()
+        g.train_step(run, 1)
+        assert [levels.index(level) for level, _, _ in log.scored] != trained  # and in each iteration
+    assert metrics["ratio_transitions"] == rows * count
+    assert math.isfinite(metrics["loss"])
+    g.print_header(run)
+    header = capsys.readouterr().out
+    assert f"transitions  {rows * count} trained an iteration: {count} of 6 steps a sample" in header
+
+
+# ---- THE RATIO ---------------------------------------------------------------------------------------------------
+RATIO = [dict(train_batch_size=size) for size in (1, 5, 12, 24)]
+RATIO += [dict(mixed_precision="bf16", train_batch_size=size) for size in (5, 24)]
+RATIO += [
+    dict(best_of_n=4, train_batch_size=5), dict(best_of_n=4, train_batch_size=24, mixed_precision="bf16"),
+    dict(sde_window=0, timestep_fraction=0.6, train_batch_size=5),
+    dict(num_updates=2, train_batch_size=5), dict(num_updates=3, train_batch_size=24, best_of_n=6),
+    dict(init_same_noise=False, train_batch_size=12), dict(rank=4, lora_alpha=8, train_batch_size=5),
+    dict(rank=4, lora_alpha=8, train_batch_size=5, mixed_precision="bf16", gradient_checkpointing=True),
+    dict(gradient_checkpointing=True, train_batch_size=12), dict(eta_schedule="flow_grpo", train_batch_size=12),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", RATIO, ids=lambda flags: "-".join(f"{k}={v}" for k, v in flags.items()))
+def test_ratio_is_exactly_1_before_the_first_update(flags, build):
+    run = build(**WINDOW | dict(num_generations=12, learning_rate=1e-2) | flags)
+    for step in range(2):  # from the second iteration on the rollout is that of trained weights
+        metrics = g.train_step(run, step)
+        assert metrics["ratio_max_dev"] == 0.0
+        steps = 2 if run.args.sde_window else math.ceil(0.6 * 3)
+        assert metrics["ratio_transitions"] == 2 * (run.args.best_of_n or 12) // run.args.num_updates * steps
+        if run.args.num_updates > 1:
+            assert metrics["ratio_mean"] != 1 and metrics["clip_frac"] > 0 and metrics["approx_kl"] > 1e-6
+        else:
+            assert metrics["ratio_mean"] == 1 and metrics["clip_frac"] == 0 and metrics["approx_kl"] == 0
+
+
+def with_dropout(run, monkeypatch):
+    for module in run.models.policy.train().modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.1
+
+
+def with_weights_moved_after_the_rollout(run, monkeypatch):
+    reward = run.reward
+
+    def moved(*args):
+        with torch.no_grad():
+            run.parameters[0].add_(1e-3)
+        return reward(*args)
+
+    run.reward = moved
+
+
+def with_another_guidance_in_the_update(run, monkeypatch):
+    predict = g.predict
+
+    def other(models, args, *rest):
+        changed = SimpleNamespace(**vars(args) | {"guidance_scale": args.guidance_scale + torch.is_grad_enabled()})
+        return predict(models, changed, *rest)
+
+    monkeypatch.setattr(g, "predict", other)
+
+
+CONTROLS = [with_dropout, with_weights_moved_after_the_rollout, with_another_guidance_in_the_update]
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_a_policy_that_is_not_that_of_the_rollout_stops_the_run(control, build, monkeypatch):
+    run = build(**WINDOW)
+    control(run, monkeypatch)
+    before = flat(run.parameters[1:])
+    with pytest.raises(RuntimeError, match="ratio"):
+        g.train_step(run, 0)
+    assert torch.equal(flat(run.parameters[1:]), before), "before anything is updated"
+
+
+def test_ratio_tolerance_lets_a_deviation_pass(build, monkeypatch):
+    run = build(**WINDOW, ratio_tolerance=10)
+    with_another_guidance_in_the_update(run, monkeypatch)
+    assert 0 < g.train_step(run, 0)["ratio_max_dev"] < 10
+
+
+# ---- WHOLE RUNS --------------------------------------------------------------------------------------------------
+LONG = WINDOW | dict(num_updates=2, train_batch_size=5, best_of_n=2, ema_decay=0.5, timestep_fraction=0.5)
+LONG |= dict(sde_window_range=(0, 1), max_train_steps=6, validation_steps=4, checkpointing_steps=2)
+
+
+@pytest.fixture(scope="module")
+def unbroken(files, tmp_path_factory):
+    """The folder of six iterations in one go, with a checkpoint of each; evaluations at 0, 4 and 6."""
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        g.main(argv(files, folder, **LONG | dict(checkpointing_steps=1)))
+    return folder
+
+
+def assert_as_unbroken(folder, unbroken):
+    assert same(state_of(folder, 6), state_of(unbroken, 6))
+    weights = "checkpoints/step_000006/transformer/diffusion_pytorch_model.safetensors"
+    assert (folder / weights).read_bytes() == (unbroken / weights).read_bytes()
+    assert lines_of(folder) == lines_of(unbroken)
+
+
+def test_metrics_keep_their_contract(unbroken):
+    lines = [json.loads(line) for line in (unbroken / "metrics.jsonl").read_text().splitlines()]
+    evaluated = {"eval/red", "eval/dark"}
+    trained = {
+        "step", "reward/red", "reward_std/red", "advantage_abs_mean", "loss", "ratio_max_dev", "ratio_mean",
+        "clip_frac", "approx_kl", "grad_norm", "zero_std_groups", "updates", "samples_per_s", "time_s", "lr",
+    }  # fmt: skip
+    assert [line["step"] for line in lines] == list(range(7))
+    assert {"step"} | evaluated <= lines[0].keys() and not (trained - {"step"}) & lines[0].keys()
+    for line in lines[1:]:
+        assert trained <= line.keys()
+        assert all(math.isfinite(value) for value in line.values())
+        assert evaluated & line.keys() == (evaluated if line["step"] in (4, 6) else set())
+        assert line["updates"] == 2 and line["lr"] == 1e-3
+        assert line["samples_per_s"] * line["time_s"] == pytest.approx(8, rel=0.01)
+    record = json.loads((unbroken / "args.json").read_text())
+    assert record["args"]["eta"] == 0.7 and record["torch"] == torch.__version__
+    assert (unbroken / "curve.png").exists()
+    assert sorted(p.name for p in (unbroken / "samples").iterdir()) == [f"step_00000{i}.png" for i in (0, 4, 6)]
+
+
+def test_metrics_of_rewards_are_over_the_group(build, watch):
+    run = build(reward=("red", "number"), reward_thresholds=(100.0, 0.5))
+    log = watch(run, frozen=True)
+    metrics = g.train_step(run, 0)
+    groups = log.scores[0]["red"].double().view(2, 4)
+    assert metrics["reward/red"] == pytest.approx(float(groups.mean()))  # the reward itself, not the thresholded one
+    assert metrics["reward_std/red"] == pytest.approx(float((groups[0].std() + groups[1].std()) / 2))
+    assert metrics["zero_std_groups"] == 1  # numbers 4 to 7 are all above 0.5, 0 to 3 are not; red never is above 100
+
+
+def test_a_run_repeats_with_its_seed_and_differs_with_another(files, tmp_path):
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        torch.manual_seed(len(name))
+        g.main(argv(files, tmp_path / name, **WINDOW, seed=seed, train_batch_size=5, num_updates=2))
+    a, b, c = (lines_of(tmp_path / name) for name in "abc")
+    assert len(a) == 3 and a == b
+    assert a[0] == c[0], "the evaluation before training does not depend on the seed"
+    assert all(x["reward/red"] != y["reward/red"] for x, y in zip(a[1:], c[1:]))
+    assert same(state_of(tmp_path / "a", 2), state_of(tmp_path / "b", 2))
+
+
+def test_a_run_that_is_stopped_killed_and_resumed_is_the_unbroken_run(files, tmp_path, unbroken):
+    """The signals reach a process in the middle of an iteration: its samples are drawn, its weights not yet updated."""
+    folder = tmp_path / "run"
+
+    def run(fault, at, **changes):
+        env = os.environ | {"FAULT": str(int(fault)), "FAULT_AT": str(at), "TQDM_DISABLE": "1"}
+        words = argv(files, folder, **LONG, **changes)
+        return subprocess.run([sys.executable, g.__file__, *words], env=env, capture_output=True, text=True, timeout=300)
+
+    process = run(signal.SIGINT, 1 + 1)  # the first call is the evaluation
+    assert process.returncode == 0, process.stderr
+    assert "stopped after iteration 1" in process.stdout
+    assert checkpoints_of(folder) == ["step_000001"] and same(state_of(folder, 1), state_of(unbroken, 1))
+
+    process = run(signal.SIGKILL, 2, resume_from_checkpoint="latest")  # 2 is saved, 3 is killed
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert checkpoints_of(folder) == ["step_000001", "step_000002"] and len(lines_of(folder)) == 3
+    with open(folder / "metrics.jsonl", "a") as file:  # as if iteration 3 had got as far as its line
+        file.write(json.dumps({"step": 3, "reward/red": 100.0}) + "\n")
+
+    g.main(argv(files, folder, **LONG, resume_from_checkpoint="latest"))
+    assert_as_unbroken(folder, unbroken)
+
+
+def train_step_that(monkeypatch, act, at):
+    """Lets act(run) happen just before iteration number `at`, counted from 1."""
+    train_step = g.train_step
+    monkeypatch.setattr(g, "train_step", lambda run, step: (step + 1 == at and act(run), train_step(run, step))[1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_iteration_finish_and_a_second_does_not_wait(number, files, tmp_path, unbroken, monkeypatch):
+    before = signal.getsignal(number)
+
+    def act(run):
+        signal.raise_signal(number)
+        assert signal.getsignal(number) == signal.SIG_DFL
+
+    with monkeypatch.context() as patch:
+        train_step_that(patch, act, 3)
+        g.main(argv(files, tmp_path / "run", **LONG))
+    assert signal.getsignal(number) == before
+    assert checkpoints_of(tmp_path / "run") == ["step_000002", "step_000003"]
+    assert same(state_of(tmp_path / "run", 3), state_of(unbroken, 3))
+    assert lines_of(tmp_path / "run") == lines_of(unbroken)[:4]
+
+
+def test_resume_without_an_average_and_from_an_older_checkpoint(files, tmp_path):
+    """Later checkpoints of the abandoned branch are in the way of nobody."""
+    flags = WINDOW | dict(max_train_steps=4, checkpointing_steps=1, validation_steps=2)
+    g.main(argv(files, tmp_path / "run", **flags))
+    lines, state = lines_of(tmp_path / "run"), state_of(tmp_path / "run", 4)
+    older = tmp_path / "run/checkpoints/step_000002"
+    weights = "checkpoints/step_000004/transformer/diffusion_pytorch_model.safetensors"
+    exported = (tmp_path / "run" / weights).read_bytes()
+    (tmp_path / "run/checkpoints/step_000004/training_state.pt").unlink()  # so that an old file cannot pass for a new one
+    g.main(argv(files, tmp_path / "run", **flags, resume_from_checkpoint=older))
+    assert same(state_of(tmp_path / "run", 4), state)
+    assert (tmp_path / "run" / weights).read_bytes() == exported
+    assert lines_of(tmp_path / "run") == lines
+
+
+def test_a_run_is_not_resumed_with_other_settings_nor_written_over(files, tmp_path, unbroken, capsys):
+    for flags, word in (
+        (dict(learning_rate=1e-2, resume_from_checkpoint="latest"), "--learning_rate 0.01: must be 0.001"),
+        (dict(), "holds a run"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            g.parse_args(argv(files, unbroken, **LONG | flags))
+        assert exit.value.code == 2 and word in capsys.readouterr().err
+
+
+def spoil_gradient(run):
+    run.parameters[0].register_hook(lambda gradient: gradient * math.nan)
+
+
+def spoil_weights(run):
+    with_weights_moved_after_the_rollout(run, None)
+
+
+FAULTS = {  # what stops iteration 4, and what the error names
+    "reward raises": ("raise", None, "reward 'red' failed: out of paint"),
+    "reward is NaN": ("nan", None, "reward 'red' is nan"),
+    "gradient is NaN": (None, spoil_gradient, "gradient's norm is nan in iteration 4"),
+    "ratio is not 1": (None, lambda run: with_dropout(run, None), "ratio"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_stops_the_run_with_its_own_error_and_keeps_whole_iterations(
+    name, files, tmp_path, unbroken, monkeypatch
+):
+    fault, act, message = FAULTS[name]
+    if fault:
+        monkeypatch.setenv("FAULT", fault)
+        monkeypatch.setenv("FAULT_AT", "5")  # the evaluation, then iterations 1 to 4
+    else:
+        train_step_that(monkeypatch, act, 4)
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        g.main(argv(files, tmp_path / "run", **LONG))
+    assert checkpoints_of(tmp_path / "run") == ["step_000002", "step_000003"]
+    assert same(state_of(tmp_path / "run", 3), state_of(unbroken, 3))
+    assert lines_of(tmp_path / "run") == lines_of(unbroken)[:4]
+
+
+def test_weights_in_the_middle_of_an_iteration_are_not_saved(files, tmp_path, unbroken, monkeypatch):
+    """The second of two updates fails: what the first one left belongs to no iteration."""
+    updates = []
+
+    def clip(*args):
+        updates.append(args)
+        return torch.tensor(math.nan if len(updates) == 2 * 4 else 1.0)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    with pytest.raises(RuntimeError, match="gradient's norm is nan in iteration 4"):
+        g.main(argv(files, tmp_path / "run", **LONG))
+    assert checkpoints_of(tmp_path / "run") == ["step_000002"]
+    assert same(state_of(tmp_path / "run", 2)["parameters"], state_of(unbroken, 2)["parameters"])
+
+
+def test_a_failed_evaluation_leaves_no_gap_in_the_metrics(files, tmp_path, unbroken, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setenv("FAULT", "raise")
+        patch.setenv("FAULT_AT", "6")  # the evaluation after iteration 4
+        with pytest.raises(RuntimeError, match="out of paint"):
+            g.main(argv(files, tmp_path / "run", **LONG))
+    g.main(argv(files, tmp_path / "run", **LONG, resume_from_checkpoint="latest"))
+    assert [line["step"] for line in lines_of(tmp_path / "run")] == list(range(7))
+    assert same(state_of(tmp_path / "run", 6), state_of(unbroken, 6))
+
+
+def test_old_checkpoints_are_deleted_beyond_the_limit(files, tmp_path):
+    flags = WINDOW | dict(max_train_steps=5, checkpointing_steps=1, checkpoints_total_limit=2)
+    g.main(argv(files, tmp_path / "run", **flags))
+    assert checkpoints_of(tmp_path / "run") == ["step_000004", "step_000005"]
+
+
+def test_a_checkpoint_is_whole_or_absent(build, monkeypatch):
+    run = build()
+    with monkeypatch.context() as patch:
+        patch.setattr(g, "save_policy", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            g.save_checkpoint(run, 1)
+    assert not list((run.folder / "checkpoints").glob("step_??????"))
+    g.save_checkpoint(run, 1)  # what the first try left is not in the way
+    assert checkpoints_of(run.folder) == ["step_000001"]
+
+
+# ---- WHAT IS EVALUATED AND EXPORTED ------------------------------------------------------------------------------
+def test_the_export_is_the_policy_that_was_trained(build):
+    run = build(learning_rate=1e-2)
+    before = flat(run.parameters)
+    g.train_step(run, 0)
+    g.save_checkpoint(run, 1)
+    loaded = FluxTransformer2DModel.from_pretrained(run.folder / "checkpoints/step_000001/transformer")
+    assert same([*loaded.state_dict().values()], [*run.models.policy.state_dict().values()])
+    assert not torch.equal(flat(loaded.parameters()), before)
+
+
+def test_the_export_and_the_evaluation_use_the_average_and_training_does_not(build, watch):
+    """diffusers' average, by hand: the decay grows as (1 + n)/(10 + n) up to --ema_decay; one step an update."""
+    run = build(ema_decay=0.3, learning_rate=1e-2, num_updates=2)
+    log = watch(run)
+    for step in range(3):
+        g.train_step(run, step)
+    average = log.weights[0]
+    decays = [min(0.3, (1 + n) / (10 + n)) for n in range(1, 6)]
+    assert 0.3 in decays and decays[0] < 0.3
+    for decay, weights in zip(decays, log.weights[1:], strict=True):
+        average = decay * average + (1 - decay) * weights
+    assert not close(log.weights[-1], average)
+
+    evaluated = g.evaluate(run, 3)
+    assert torch.equal(flat(run.parameters), log.weights[-1])
+    g.save_checkpoint(run, 3)
+    assert torch.equal(flat(run.parameters), log.weights[-1])
+    assert same(state_of(run.folder, 3)["parameters"], [p.detach() for p in run.parameters])
+    loaded = FluxTransformer2DModel.from_pretrained(run.folder / "checkpoints/step_000003/transformer")
+    assert close(flat(loaded.parameters()), average, 1e-6)
+
+    run.ema = None
+    assert g.evaluate(run, 3)["eval/red"] != pytest.approx(evaluated["eval/red"], abs=1e-6)
+    torch.nn.utils.vector_to_parameters(average, run.parameters)
+    assert g.evaluate(run, 3)["eval/red"] == pytest.approx(evaluated["eval/red"], abs=1e-4)
+
+
+def test_an_evaluation_that_fails_gives_the_weights_back(build, watch, monkeypatch):
+    run = build(ema_decay=0.9, learning_rate=1e-2)
+    g.train_step(run, 0), g.train_step(run, 1)
+    before = flat(run.parameters)
+    monkeypatch.setattr(g, "decode", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        g.evaluate(run, 2)
+    assert torch.equal(flat(run.parameters), before)
+
+
+def test_lora_loads_in_diffusers_and_is_the_policy_that_was_trained(build):
+    """lora_alpha is not the rank here: the scale of the update is part of the policy."""
+    run = build(**WINDOW, rank=4, lora_alpha=12, learning_rate=1e-2)
+    policy = run.models.policy
+    frozen = {name: p.clone() for name, p in policy.named_parameters() if not p.requires_grad}
+    assert all("lora" in name for name, p in policy.named_parameters() if p.requires_grad)
+    for step in range(2):
+        g.train_step(run, step)
+    assert all(torch.equal(p, frozen[name]) for name, p in policy.named_parameters() if name in frozen)
+    g.save_checkpoint(run, 2)
+
+    pipe = FluxPipeline.from_pretrained(run.args.pretrained_model_name_or_path, dtype=torch.float32)
+    latents = g.init_latents(run.models, run.args, [g.seeded(0), g.seeded(1)])
+    cond = g.encode_prompts(run.models, run.prompts[:2])
+    models = SimpleNamespace(**vars(run.models) | {"policy": pipe.transformer.eval()})
+    with torch.no_grad():
+        trained, base = (g.predict(m, run.args, latents, 0.7, cond) for m in (run.models, models))
+        pipe.load_lora_weights(run.folder / "checkpoints/step_000002")
+        loaded = g.predict(models, run.args, latents, 0.7, cond)
+    change = (trained - base).norm()
+    assert change > 1e-3 * base.norm()
+    assert (loaded - trained).norm() < 1e-3 * change
+
+
+@pytest.mark.parametrize("flags", [dict(), dict(shift=1.7, guidance_scale=1.5, num_inference_steps=6)])
+def test_without_noise_a_rollout_is_the_call_of_the_pipeline(flags, build):
+    run = build(**flags)
+    args, pipe = run.args, run.models.pipe
+    latents = g.init_latents(run.models, args, [g.seeded(i) for i in range(3)])
+    prompts, steps = run.eval_prompts[:3], args.num_inference_steps
+    trajectory, log_probs, samples = g.rollout(run.models, args, g.encode_prompts(run.models, prompts), latents, [0.0] * steps)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, shift=args.shift)
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(
+        prompt=prompts, latents=latents, num_inference_steps=steps, guidance_scale=args.guidance_scale, height=64,
+        width=64, max_sequence_length=pipe.tokenizer_2.model_max_length, output_type="pt",
+    ).images  # fmt: skip
+    torch.testing.assert_close(samples, expected, rtol=0, atol=1e-4)
+    assert expected.std() > 0.01 and trajectory.shape == (3, steps + 1, 16, 64)
+    assert log_probs.shape == (3, steps) and log_probs.isnan().all()  # no noise, no density
+
+
+def test_evaluation_is_by_the_ode_from_noise_of_its_own(build, watch, monkeypatch):
+    """Three held-out prompts, two samples each, in micro-batches of four."""
+    run = build(eval_samples=2, train_batch_size=4, eta=0.7)
+    etas, seen, rollout = [], [], g.rollout
+
+    def watched(models, args, cond, latents, levels, *generators):
+        etas.append(levels)
+        seen.append(latents)
+        return rollout(models, args, cond, latents, levels, *generators)
+
+    monkeypatch.setattr(g, "rollout", watched)
+    log = SimpleNamespace()
+    reward = run.reward
+    run.reward = lambda images, prompts: (vars(log).update(images=images, prompts=prompts), reward(images, prompts))[1]
+    torch.manual_seed(0)
+    first = g.evaluate(run, 0)
+    assert etas == [[0.0] * 4] * 2
+    latents = torch.cat(seen)
+    assert len({tuple(x[0].tolist()) for x in latents}) == 6
+    assert log.prompts == [p for p in run.eval_prompts for _ in range(2)] and len(run.eval_prompts) == 3
+    assert first["eval/red"] == pytest.approx(float(reward(log.images, log.prompts)["red"].mean()), abs=1e-6)
+    torch.manual_seed(1)
+    run.args.seed = 1
+    assert g.evaluate(run, 7) == first
+    assert {"eval/red", "eval/dark"} <= first.keys()
+
+
+# ---- LEARNING ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("reward", ["red", "cyan"])
+def test_ten_iterations_move_held_out_ode_samples_the_way_the_reward_asks(reward, build):
+    """One reward is the other's negative: the same machinery must push the same figure both ways."""
+    run = build(
+        reward=reward, eval_reward=("cyan" if reward == "red" else "red"), eval_samples=2, eta=1, sde_window=2,
+        sde_window_range=(0, 1), num_generations=8, train_batch_size=16, max_grad_norm=1, adam_weight_decay=0,
+    )  # fmt: skip
+    before = g.evaluate(run, 0)
+    for step in range(10):
+        g.train_step(run, step)
+    after = g.evaluate(run, 10)
+    rise = {name: after[f"eval/{name}"] - before[f"eval/{name}"] for name in ("red", "cyan")}
+    assert rise[reward] > 0.03
+    assert rise["red"] == pytest.approx(-rise["cyan"], abs=1e-5)
