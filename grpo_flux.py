@@ -63,7 +63,7 @@ PRESETS = {
         eval_reward=["hps", "clip", f"{HERE}/tiny/world.py:correct", f"{HERE}/tiny/world.py:well_made"],
         num_inference_steps=12, eta=1.0, sde_window=3, sde_window_range=[0, 4], timestep_fraction=1.0,
         prompts_per_step=12, num_updates=1, clip_range=1e-2, learning_rate=1e-4,
-        max_train_steps=40, validation_steps=10,
+        max_train_steps=60, validation_steps=20,
     ),
     "lora": REAL | dict(
         num_inference_steps=12, prompts_per_step=16, num_updates=2,  # script; 8 GPUs x 2 prompts
