@@ -165,6 +165,8 @@ def check_model(args):
     multiple = 2 ** len(vae["block_out_channels"])  # the VAE's compression times the 2x2 patches of the transformer
     if args.resolution < multiple or args.resolution % multiple:
         raise ValueError(f"--resolution {args.resolution}: must be a multiple of {multiple}")
+    if args.shift <= 0:
+        raise ValueError(f"--shift {args.shift}: must be above 0")
 
 
 def load_models(args, device):
@@ -250,7 +252,7 @@ def decode(models, args, latents):
 # ==== BEGIN ALGORITHM ZONE (the same text in every script) ====================================================
 COUNTS = ("prompts_per_step", "num_updates", "train_batch_size", "max_train_steps", "validation_steps",
           "eval_samples", "checkpointing_steps", "checkpoints_total_limit")  # fmt: skip
-POSITIVE = ("shift", "learning_rate", "adv_clip_max", "max_grad_norm")
+POSITIVE = ("learning_rate", "adv_clip_max", "max_grad_norm")
 NOT_NEGATIVE = ("guidance_scale", "rank", "adam_weight_decay", "ratio_tolerance")
 # What may differ between a run and its continuation; anything else would make it another run.
 FREE = ("output_dir", "resume_from_checkpoint", "max_train_steps", "report_to", "checkpointing_steps",

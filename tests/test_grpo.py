@@ -8,11 +8,9 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -67,10 +65,11 @@ def constant(images, prompts):
 
 # Each figure that matters to a test is given here, so that no preset can change what is proved.
 SMALL = dict(
-    seed=0, reward="red", eval_reward="dark", eval_samples=1, validation_steps=100, guidance_scale=3.5, eta=0.7, shift=3,
-    num_inference_steps=4, sde_window=0, sde_window_range=(0, 0), timestep_fraction=1, prompts_per_step=2,
-    num_generations=4, num_updates=1, train_batch_size=8, clip_range=1e-2, adv_clip_max=100, max_grad_norm=1e9,
-    learning_rate=1e-3, adam_weight_decay=1e-2, checkpointing_steps=100, checkpoints_total_limit=100, max_train_steps=2,
+    seed=0, reward="red", eval_reward="dark", eval_samples=1, validation_steps=100, guidance_scale=3.5, eta=0.7,
+    shift=3, num_inference_steps=4, sde_window=0, sde_window_range=(0, 0), timestep_fraction=1,
+    prompts_per_step=2, num_generations=4, num_updates=1, train_batch_size=8, clip_range=1e-2, adv_clip_max=100,
+    max_grad_norm=1e9, learning_rate=1e-3, adam_weight_decay=1e-2, checkpointing_steps=100, checkpoints_total_limit=100,
+    max_train_steps=2,
 )  # fmt: skip
 WINDOW = dict(sde_window=2, sde_window_range=(1, 1))
 TIMES = {"time_s", "samples_per_s"}
@@ -471,12 +470,12 @@ def test_second_update_is_clipped_against_the_policy_of_the_rollout(build, watch
 
     first = advantages[rows[:4]].repeat(2)  # the first update, where every ratio is 1
     assert metrics["ratio_max_dev"] == 0
-    assert metrics["ratio_mean"] == pytest.approx((8 + float(ratios.sum())) / 16, abs=1e-6)
+    assert metrics["ratio_mean"] == pytest.approx((8 + float(ratios.detach().sum())) / 16, abs=1e-6)
     assert metrics["ratio_mean"] != 1
     assert metrics["clip_frac"] == float(clipped.sum()) / 16
-    kl = (ratios - 1 - ratios.log()).sum() / 16
-    assert metrics["approx_kl"] == pytest.approx(float(kl), rel=0.02) and kl > 1e-7
-    assert metrics["loss"] == pytest.approx(-float(first.sum() + objectives.sum()) / 16, abs=1e-5)
+    kl = float((ratios - 1 - ratios.log()).detach().sum()) / 16
+    assert metrics["approx_kl"] == pytest.approx(kl, rel=0.02) and kl > 1e-7
+    assert metrics["loss"] == pytest.approx(-float((first.sum() + objectives.sum()).detach()) / 16, abs=1e-5)
 
 
 def test_gradient_does_not_depend_on_the_micro_batch(build, watch):
@@ -501,7 +500,7 @@ def test_gradient_is_scaled_to_max_grad_norm_and_logged_before(build, watch):
 
 
 def test_gradients_do_not_pile_up(build, watch):
-    """Two updates on frozen weights; the second gradient has nothing of the first, nor of the last iteration."""
+    """On frozen weights an iteration has the same gradient again: nothing of the ones in between is left in it."""
     run = build(**WINDOW)
     log = watch(run, frozen=True)
     g.train_step(run, 0), g.train_step(run, 1), g.train_step(run, 0)
@@ -521,7 +520,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(build, watch):
     for on in (False, True):
         run = build(**WINDOW, gradient_checkpointing=on)
         log, count = watch(run, frozen=True), []
-        run.models.policy.transformer_blocks[0].register_forward_hook(lambda *_: count.append(1))
+        run.models.policy.transformer_blocks[0].register_forward_pre_hook(lambda *_: count.append(1))
         assert g.train_step(run, 0)["ratio_max_dev"] == 0
         gradients += log.gradients
         calls.append(len(count))
@@ -533,8 +532,6 @@ def test_the_optimizer_is_adamw_with_the_flags_that_were_given(build):
     run = build(learning_rate=3e-4, adam_weight_decay=0.25)
     before = flat(run.parameters)
     metrics = g.train_step(run, 0)
-    gradient = flat(p.grad if p.grad is not None else torch.zeros_like(p) for p in run.parameters)
-    assert not gradient.any()  # zeroed after the step
     # AdamW's first step: decay, then lr in each direction that has a gradient well above eps.
     moved = (flat(run.parameters) - before * (1 - 3e-4 * 0.25)).abs()
     assert float(moved.median()) == pytest.approx(3e-4, rel=0.02) and float(moved.max()) < 3e-4 * 1.01
@@ -607,7 +604,9 @@ def test_noise_belongs_to_its_row_and_iteration_whatever_the_micro_batch(build, 
         init = trajectory[[0, 4, 8, 12], 0]  # one of each group
         noise = [xi for _, xi in log.drawn if xi.isfinite().all()]
         assert sum(map(len, noise)) == 2 * 8 * 2  # iterations x rows x noisy steps
-        noise = torch.cat(noise) if size == 8 else torch.cat([*noise]).view(2, 8, 2, 16, 64).transpose(1, 2).flatten(0, 2)
+        noise = torch.cat(noise)  # by iteration, step and row; row by row its steps come first
+        if size == 1:
+            noise = noise.view(2, 8, 2, 16, 64).transpose(1, 2).flatten(0, 2)
         drawn[size] = trajectory, torch.cat([init, noise]).flatten(1)
     for one_by_one, together in zip(drawn[1], drawn[8]):
         torch.testing.assert_close(one_by_one, together, rtol=1e-3, atol=1e-3)
@@ -661,13 +660,7 @@ def test_the_last_noise_reaches_the_sample_only_without_decode_x0(decode_x0, bui
     assert torch.equal(samples, others) == decode_x0
 
 
-def levels_of(log):
-    """The noise levels at which each micro-batch was trained, in order."""
-    parts = {}
-    for level, eta, latents in log.scored:
-        assert eta > 0
-        parts.setdefault(len(parts) - 1 if parts and level not in parts[len(parts) - 1] else len(parts), []).append(level)
-    return list(parts.values())
+LAST_4 = range(2, 6)
 
 
 @pytest.mark.parametrize(
@@ -679,7 +672,7 @@ def levels_of(log):
         (dict(timestep_fraction=0.61), 4, range(5)),
         (dict(timestep_fraction=0.1), 1, range(5)),
         (dict(timestep_fraction=0.5, sde_window=3, sde_window_range=(2, 2)), 2, range(2, 5)),
-        (dict(timestep_fraction=0.5, sde_window=4, sde_window_range=(2, 2), train_last_transition=True), 2, range(2, 6)),
+        (dict(timestep_fraction=0.5, sde_window=4, sde_window_range=(2, 2), train_last_transition=True), 2, LAST_4),
         (dict(timestep_fraction=0.5, best_of_n=2), 3, range(5)),
     ],
 )
@@ -851,8 +844,8 @@ def test_a_run_that_is_stopped_killed_and_resumed_is_the_unbroken_run(files, tmp
 
     def run(fault, at, **changes):
         env = os.environ | {"FAULT": str(int(fault)), "FAULT_AT": str(at), "TQDM_DISABLE": "1"}
-        words = argv(files, folder, **LONG, **changes)
-        return subprocess.run([sys.executable, g.__file__, *words], env=env, capture_output=True, text=True, timeout=300)
+        command = [sys.executable, g.__file__, *argv(files, folder, **LONG, **changes)]
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
     process = run(signal.SIGINT, 1 + 1)  # the first call is the evaluation
     assert process.returncode == 0, process.stderr
@@ -900,7 +893,7 @@ def test_resume_without_an_average_and_from_an_older_checkpoint(files, tmp_path)
     older = tmp_path / "run/checkpoints/step_000002"
     weights = "checkpoints/step_000004/transformer/diffusion_pytorch_model.safetensors"
     exported = (tmp_path / "run" / weights).read_bytes()
-    (tmp_path / "run/checkpoints/step_000004/training_state.pt").unlink()  # so that an old file cannot pass for a new one
+    (tmp_path / "run/checkpoints/step_000004/training_state.pt").unlink()  # the old file must not pass for a new one
     g.main(argv(files, tmp_path / "run", **flags, resume_from_checkpoint=older))
     assert same(state_of(tmp_path / "run", 4), state)
     assert (tmp_path / "run" / weights).read_bytes() == exported
@@ -919,10 +912,6 @@ def test_a_run_is_not_resumed_with_other_settings_nor_written_over(files, tmp_pa
 
 def spoil_gradient(run):
     run.parameters[0].register_hook(lambda gradient: gradient * math.nan)
-
-
-def spoil_weights(run):
-    with_weights_moved_after_the_rollout(run, None)
 
 
 FAULTS = {  # what stops iteration 4, and what the error names
@@ -1071,7 +1060,8 @@ def test_without_noise_a_rollout_is_the_call_of_the_pipeline(flags, build):
     args, pipe = run.args, run.models.pipe
     latents = g.init_latents(run.models, args, [g.seeded(i) for i in range(3)])
     prompts, steps = run.eval_prompts[:3], args.num_inference_steps
-    trajectory, log_probs, samples = g.rollout(run.models, args, g.encode_prompts(run.models, prompts), latents, [0.0] * steps)
+    cond = g.encode_prompts(run.models, prompts)
+    trajectory, log_probs, samples = g.rollout(run.models, args, cond, latents, [0.0] * steps)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, shift=args.shift)
     pipe.set_progress_bar_config(disable=True)
     expected = pipe(
