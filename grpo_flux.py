@@ -624,6 +624,7 @@ def print_header(run):
     D = init_latents(run.models, args, [seeded(0)]).numel()
     trainable = args.sde_window or args.num_inference_steps - (not args.train_last_transition)
     steps, kept = math.ceil(args.timestep_fraction * trainable), P * (args.best_of_n or G)
+    print(f"preset       {args.preset}; the others: {' '.join(name for name in PRESETS if name != args.preset)}")
     print(f"model        {args.pretrained_model_name_or_path} on {run.models.device}")
     print(f"trained      {sum(p.numel() for p in run.parameters):,} parameters of {type(run.models.policy).__name__}")
     print(f"iteration    {P} prompts x {G} = {P * G} samples, {kept} trained, {args.num_updates} updates")

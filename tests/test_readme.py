@@ -1,0 +1,173 @@
+"""README.md and RESULTS.md keep their word: links lead where they say, commands parse, snippets run, counts hold."""
+
+import ast
+import importlib
+import inspect
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import grpo_flux
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ["README.md", "RESULTS.md"]
+
+
+def text_of(name):
+    return (ROOT / name).read_text("utf-8")
+
+
+def links(name):
+    """(text, path, line number or '', the line it stands in) of every link to a file of the repository."""
+    for line in text_of(name).splitlines():
+        for text, path, anchor in re.findall(r"\[([^]]*)\]\(([^)#\s]+)(?:#L(\d+))?[^)]*\)", line):
+            if "://" not in path:
+                yield text, path, anchor, line
+
+
+def table(name, header):
+    """The rows of the table whose first column has this title, as lists of cells."""
+    lines = text_of(name).split(f"| {header} |", 1)[1].splitlines()[2:]
+    rows = lines[: next((i for i, line in enumerate(lines) if not line.startswith("|")), len(lines))]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def commands(name):
+    """(script, its words) of every training command. Two spaces end one: a remark follows, in the docstrings."""
+    text = re.sub(r" *\\\n *", " ", text_of(name))  # a command over several lines
+    if name == "RESULTS.md":  # a row of a table of runs begins with the flags of its run
+        text = re.sub(r"^\| `(?=--)", "python grpo_flux.py ", text, flags=re.M)
+    found = re.findall(r"python (grpo_\w+)\.py((?: [^\s`;&|<>#]+)*)", text)
+    return [(script, shlex.split(words)) for script, words in found]
+
+
+def snippets():
+    return re.findall(r"^```python\n(.*?)^```", text_of("README.md"), re.M | re.S)
+
+
+def flags(script, capsys):
+    """Every spelling that the parser accepts, aliases and --no-... included."""
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).parse_args(["--help"])
+    entries = re.findall(r"^  (-.*?)(?:  |$)", capsys.readouterr().out, re.M)
+    return {flag for entry in entries for flag in re.findall(r"--[\w-]+", entry)}
+
+
+@pytest.fixture
+def reader(tmp_path, monkeypatch):
+    """The reader's folder: the models, and what the README lets the reader bring or leave there."""
+    (tmp_path / "tiny").symlink_to(ROOT / "tiny")
+    (tmp_path / "prompts.txt").write_text("a red circle on white\n")
+    (tmp_path / "mine.py").write_text(next(code for code in snippets() if "def " in code))
+    checkpoint = tmp_path / "outputs/RUN/checkpoints/step_000040"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "transformer").symlink_to(ROOT / "tiny/flux/transformer")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# ---- LINKS AND COUNTS --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", DOCS)
+def test_links_lead_to_files(name):
+    assert {path for _, path, _, _ in links(name) if not (ROOT / path).exists()} == set()
+
+
+@pytest.mark.parametrize("name", DOCS)
+def test_links_to_lines_lead_to_the_definition_they_name(name):
+    """A link whose text is the file's own name leads to something that its sentence names."""
+    for text, path, anchor, line in links(name):
+        if anchor:
+            there = text_of(path).splitlines()[int(anchor) - 1]
+            defined = re.match(r"(?:def|class) (\w+)|(\w+) = ", there)
+            assert defined, f"{path}#L{anchor} is {there!r}"
+            names = re.findall(r"`([\w.]+)`", line) if text == path else [text.strip("`")]
+            assert (defined[1] or defined[2]) in [n.split(".")[-1] for n in names], f"{text} -> {path}#L{anchor}"
+
+
+def test_the_algorithm_is_linked_to_code():
+    """Without this, the test above would be satisfied by no link at all."""
+    assert len([anchor for _, _, anchor, _ in links("README.md") if anchor]) >= 8
+
+
+def test_line_counts_are_true():
+    counts = {}
+    for file, *_, lines in table("README.md", "file"):
+        for path in re.findall(r"\]\((\w+\.py)\)", file):
+            counts[path] = int(lines.replace(",", ""))
+    assert counts == {f.name: len(f.read_text().splitlines()) for f in ROOT.glob("*.py")}
+
+
+# ---- COMMANDS AND SNIPPETS ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", [*DOCS, "grpo_flux.py"])
+def test_every_command_parses(name, reader, monkeypatch, capsys):
+    check = grpo_flux.check_model  # asks the Hub for the real ones
+    monkeypatch.setattr(grpo_flux, "check_model", lambda args: check(args) if args.preset == "tiny" else None)
+    found = commands(name)
+    assert found
+    for script, words in found:
+        try:
+            importlib.import_module(script).parse_args(words)
+        except SystemExit:
+            pytest.fail(f"{script}.py {shlex.join(words)}\n{capsys.readouterr().err}")
+
+
+@pytest.mark.parametrize("name", DOCS)
+def test_every_flag_that_is_mentioned_exists(name, capsys):
+    text = text_of(name)
+    for theirs, _ in table("README.md", "their flag"):
+        text = text.replace(f"| {theirs} |", "|")
+    text = re.sub(r"\b(pip|pytest|bench\.py|make_tiny\.py|torchrun|git)\b[^\n`&]*", "", text)  # flags of others
+    mentioned = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
+    assert mentioned - flags("grpo_flux", capsys) == set()
+
+
+def test_old_flags_are_mapped_to_ours(capsys):
+    known = flags("grpo_flux", capsys)
+    for theirs, ours in table("README.md", "their flag"):
+        assert re.findall(r"--\w+", theirs) and set(re.findall(r"--\w+", ours)) & known, theirs
+
+
+def test_snippets_run_as_they_stand(reader):
+    assert snippets()
+    for code in snippets():
+        names = {}
+        exec(compile(code, "README.md", "exec"), names)
+        pictures = re.findall(r'\.save\("(.+?)"\)', code)
+        assert all((reader / picture).stat().st_size for picture in pictures)
+
+
+# ---- METRICS -----------------------------------------------------------------------------------------------------
+def written_keys(function):
+    """The keys of the dictionaries that a function writes out; f"reward/{k}" as reward/<name>."""
+    keys = set()
+    for node in ast.walk(ast.parse(inspect.getsource(function))):
+        for key in node.keys if isinstance(node, ast.Dict) else [node.key] if isinstance(node, ast.DictComp) else []:
+            if isinstance(key, ast.Constant):
+                keys.add(key.value)
+            elif isinstance(key, ast.JoinedStr):
+                keys.add("".join(p.value if isinstance(p, ast.Constant) else "<name>" for p in key.values))
+    return keys
+
+
+def test_the_table_of_metrics_is_what_a_run_writes():
+    first_column = " ".join(cells[0] for cells in table("README.md", "key in metrics.jsonl"))
+    documented = set(re.findall(r"`(.+?)`", first_column))
+    written = written_keys(grpo_flux.train_step) | written_keys(grpo_flux.evaluate)
+    assert documented | {"step"} == written
+
+
+# ---- PROSE -------------------------------------------------------------------------------------------------------
+def prose():
+    for file in [f for suffix in ("py", "md") for f in ROOT.rglob(f"*.{suffix}")]:
+        if not any(part.startswith(".") or part == "outputs" for part in file.relative_to(ROOT).parts):
+            yield file, file.read_text("utf-8")
+
+
+def test_no_path_of_a_machine_and_no_loose_end_is_left():
+    loose = "|".join(a + b for a, b in (("TO", "DO"), ("FIX", "ME"), ("X", "XX"), ("@", "@")))
+    bad = re.compile(rf"(?<![\w.])/(?:work|tmp|home|root)/\w|\b(?:{loose[:-3]})\b|{loose[-2:]}\w")
+    files = list(prose())
+    assert {file.name for file, _ in files} >= {"README.md", "grpo_flux.py", Path(__file__).name}
+    assert {(file.name, found[0]) for file, text in files for found in bad.finditer(text)} == set()
