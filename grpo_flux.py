@@ -194,7 +194,9 @@ def save_policy(models, args, folder):
     if args.rank:
         from peft.utils import get_peft_model_state_dict
 
-        FluxPipeline.save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(models.policy))
+        layers, config = get_peft_model_state_dict(models.policy), models.policy.peft_config["default"].to_dict()
+        # The config goes along, for it holds lora_alpha: without it the LoRA is loaded at scale 1.
+        FluxPipeline.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=config)
     else:
         models.policy.save_pretrained(folder / "transformer")
 
@@ -519,9 +521,11 @@ def averaged_weights(run):
     if run.ema:
         run.ema.store(run.parameters)
         run.ema.copy_to(run.parameters)
-    yield
-    if run.ema:
-        run.ema.restore(run.parameters)
+    try:
+        yield
+    finally:
+        if run.ema:
+            run.ema.restore(run.parameters)
 
 
 @torch.no_grad()
@@ -576,6 +580,8 @@ def save_checkpoint(run, step):
     torch.save(state | ({"ema": run.ema.state_dict()} if run.ema else {}), part / "training_state.pt")
     with averaged_weights(run):
         save_policy(run.models, run.args, part)
+    if folder.exists():  # left by a run that was then resumed from an older one
+        shutil.rmtree(folder)
     part.rename(folder)
     for old in sorted(folder.parent.glob("step_??????"))[: -run.args.checkpoints_total_limit]:
         shutil.rmtree(old)
@@ -677,9 +683,11 @@ def main(argv=None):
             if step == 0:
                 first = "max|ratio-1| = {ratio_max_dev:.1e} over {ratio_transitions} transitions"
                 tqdm.write("ratio        " + first.format(**metrics))
-            if run.eval_prompts and (done % args.validation_steps == 0 or done == args.max_train_steps):
-                metrics |= evaluate(run, done)
-            record(metrics)
+            try:
+                if run.eval_prompts and (done % args.validation_steps == 0 or done == args.max_train_steps):
+                    metrics |= evaluate(run, done)
+            finally:  # the iteration is whole even where its evaluation is not
+                record(metrics)
             if done % args.checkpointing_steps == 0:
                 save_checkpoint(run, done)
                 saved = done

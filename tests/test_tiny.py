@@ -55,7 +55,7 @@ def comparisons():
     rng, generator = random.Random(3), torch.Generator().manual_seed(3)
     scenes = [world.random_scene(rng) for _ in range(200)]
     wrong = [world.change_one_word(s, rng).caption for s in scenes]
-    rewards = load_rewards(["clip", "hps"], {"clip": TINY / "clip", "hps": TINY / "hps"})
+    rewards = load_rewards(["clip", "hps"], {"clip": f"{TINY}/clip", "hps": f"{TINY}/hps"})
     out = {}
     for kind, share in (("good", 1.0), ("poor", 0.0)):
         images = torch.stack([world.draw(s, world.random_make(rng, share), generator) for s in scenes])
