@@ -160,7 +160,7 @@ def test_the_table_of_metrics_is_what_a_run_writes():
 
 # ---- PROSE -------------------------------------------------------------------------------------------------------
 def prose():
-    for file in [f for suffix in ("py", "md") for f in ROOT.rglob(f"*.{suffix}")]:
+    for file in [f for suffix in ("py", "md", "json") for f in ROOT.rglob(f"*.{suffix}")]:
         if not any(part.startswith(".") or part == "outputs" for part in file.relative_to(ROOT).parts):
             yield file, file.read_text("utf-8")
 

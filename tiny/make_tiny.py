@@ -146,7 +146,9 @@ def make_vae():
 
 
 def load_vae():
-    return AutoencoderKL.from_pretrained(BUILD / "vae").to(DEVICE).eval()
+    vae = AutoencoderKL.from_pretrained(BUILD / "vae").to(DEVICE).eval()
+    vae.register_to_config(_name_or_path="")  # where this machine keeps it is nobody's business
+    return vae
 
 
 @torch.no_grad()
