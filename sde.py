@@ -215,3 +215,96 @@ def flow_sde_step(
     else:
         raise ValueError(f"form is 'sde' or 'cps', not {form!r}")
     return gaussian_step(mean, std, x0, next_latents, generator)
+
+
+# ---- DIFFUSION ----------------------------------------------------------------------------------
+# One step from alpha_bar to a larger alpha_bar_next. α rises from 0 (noise) to 1 (data), λ = σ/α
+# falls to 0, so dt, dλ and Δλ are negative; dW has variance |dt|, in (22) |dλ|.
+#
+#   here             formula   paper   diffusers               meaning
+#   latents          x         z_t     sample                  a point at alpha_bar
+#   alpha_bar        α²        α_t²    alphas_cumprod[t]       0 = noise, 1 = data; σ² = 1 - α²
+#   alpha_bar_next   α'²       α_s²    alpha_prod_t_prev       that of the next point
+#   noise_pred       ε̂         ε̂       model_output            E[ε | x], the network's output, or
+#                    v         -       the same                v of (19), under "v_prediction"
+#   x0               x̂0        x̂       pred_original_sample    E[x0 | x]
+#   eta              η         ε_t     eta                     noise level: 0 = DDIM, 1 = DDPM
+#
+#  (17) x = α x0 + σ ε, α² + σ² = 1                        paper eq 1, with ε ~ N(0, I)
+#       Only (19) and the code need the second half: the rest holds for any path, the flow's too.
+#       test_predictions_give_x0_and_noise
+#  (18) x̂0 = (x - σ ε̂)/α                                   prediction_type "epsilon"
+#       test_predictions_give_x0_and_noise
+#  (19) x̂0 = α x - σ v, ε̂ = σ x + α v, v = α ε - σ x0        prediction_type "v_prediction"
+#       test_predictions_give_x0_and_noise
+#  (20) dx = f x dt + g dW, f = α̇/α, g² = 2 α σ λ̇           forward; paper eq 29, dots are d/dt
+#       Started at x0 it has the mean and the variance of (17) at every t.
+#       test_forward_sde_follows_the_path
+#  (21) dx = (f x - ½ (1 + η²) g² s) dt + η g dW           paper eq 7, back; s = -ε̂/σ is the score
+#       ½ g² s stands for the noise of (20), ½ η² g² s undoes the noise η g dW, as in (11): one law
+#       of x at each t for whatever η.
+#       test_reverse_sde_is_the_forward_one, test_diffusion_score_is_tweedie
+#  (22) dz = (1 + η²) ε̂ dλ + η √(2 λ) dW, z = x/α, λ = σ/α   (21) as paper eq 5 has it
+#       No f, no g, no clock: all that is left of a path is λ. At η = 0 it is eq 5's dz = ε̂ dλ.
+#       test_shared_variable
+#  (23) h = η √(2 σ/(1-σ))                                 α = 1-σ: (11) at level h is (22) at η
+#       Flow-GRPO's schedule in (13), h = a √(σ/(1-σ)), is the constant η = a/√2 of DDIM.
+#       test_shared_variable, test_one_model_two_paradigms
+#  (24) x' = α' x0 + k ε + std ξ, k² + std² = σ'²          DDIM keeps k of ε, redraws the rest
+#       However it is split, x' has the law that (17) has there.
+#       test_split_and_posterior
+#  (25) std = η σ' √(1 - λ'²/λ²), k = √(σ'² - std²)        DDIM's σ(η), its eq 16, in λ
+#       η = 0 keeps all of ε. At η = 1, (24) is the posterior q(x'|x, x0) of (20): DDPM. At σ' = 0
+#       nothing is drawn, and the step has no log_prob.
+#       test_split_and_posterior, test_eta_1_is_diffusers_ddpm
+#  (26) μ = α' x̂0 + k ε̂                                    (24), means for what x leaves open
+#       test_ddim_step_is_its_formula, test_ddim_is_diffusers
+#  (27) lost = (α' - k α/σ)² V, V = E Var[x0 | x]          how far Var x' falls short of (17)
+#       It is Var[α' x0 + k ε | x], which (26) leaves out. Data of one point lose nothing, at any
+#       step; others lose the order of Δλ² a step, so the law holds to first order.
+#       test_variance_lost, test_ddim_marginals_of_a_gaussian
+#  (28) k/α' - λ = (1 + η²) Δλ + O(Δλ²), std²/α'² = -2 η² λ Δλ + O(Δλ²)
+#       (26) over α' is z' = z + (k/α' - λ) ε̂ + (std/α') ξ, hence Euler-Maruyama on (22) to first
+#       order. At η = 0, k/α' = λ' exactly: DDIM and (12) are the same Euler step, that of eq 5.
+#       test_first_order, test_euler_maruyama_agrees, test_one_model_two_paradigms
+
+
+def ddim_sde_step(
+    noise_pred, latents, alpha_bar, alpha_bar_next, eta, next_latents=None, generator=None,
+    prediction_type="epsilon",
+):  # fmt: skip
+    """One transition of DDIM(eta); samples, or scores next_latents where they are given.
+
+    noise_pred, latents             (B, *L)
+    alpha_bar, alpha_bar_next, eta  numbers, 0-D or (B,) tensors; 0 <= eta <= 1, and eta = 0 is the
+                                    ODE, which has no log_prob
+    generator                       one, or a list of B of them, as in flow_sde_step
+    prediction_type                 "epsilon": (18), or "v_prediction": (19)
+    """
+    if noise_pred.shape != latents.shape:
+        raise ValueError(f"noise_pred {noise_pred.shape} is not shaped as latents {latents.shape}")
+    dtype = torch.promote_types(latents.dtype, torch.float32)
+    noise_pred, latents = noise_pred.to(dtype), latents.to(dtype)
+    levels = (alpha_bar, alpha_bar_next, eta)
+    alpha_bar, alpha_bar_next, eta = (per_row(value, latents) for value in levels)
+    ordered = (0 <= alpha_bar) & (alpha_bar < alpha_bar_next) & (alpha_bar_next <= 1)
+    require(ordered, "alpha_bar rises from 0 to 1: needs 0 <= alpha_bar < alpha_bar_next <= 1")
+    require((0 <= eta) & (eta <= 1), "eta lies between DDIM and DDPM: needs 0 <= eta <= 1")
+
+    alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()  # (17)
+    alpha_next, sigma_next = alpha_bar_next.sqrt(), (1 - alpha_bar_next).sqrt()  # (17)
+    if prediction_type == "epsilon":
+        require(alpha_bar > 0, "pure noise says nothing of x0 by (18): needs alpha_bar > 0")
+        x0 = (latents - sigma * noise_pred) / alpha  # (18)
+    elif prediction_type == "v_prediction":
+        velocity = noise_pred
+        x0 = alpha * latents - sigma * velocity  # (19)
+        noise_pred = sigma * latents + alpha * velocity  # (19)
+    else:
+        raise ValueError(f"type is 'epsilon' or 'v_prediction', not {prediction_type!r}")
+    # 1 - λ'²/λ², in [0, 1] however fp32 rounds: neither root below can become NaN.
+    redrawn = 1 - alpha_bar * (1 - alpha_bar_next) / (alpha_bar_next * (1 - alpha_bar))  # (25)
+    std = eta * sigma_next * redrawn.sqrt()  # (25)
+    kept = sigma_next * (1 - eta**2 * redrawn).sqrt()  # (25)
+    mean = alpha_next * x0 + kept * noise_pred  # (26)
+    return gaussian_step(mean, std, x0, next_latents, generator)
