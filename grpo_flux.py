@@ -102,7 +102,7 @@ def parse_args(argv=None):
     flag("--reward", nargs="+", default=["hps"], metavar="NAME", help="hps clip pick aesthetic jpeg FILE.py:FUNC")
     flag("--reward_weights", nargs="+", type=finite, metavar="W", help="of each reward's advantage; 1 (Algorithm 1)")
     flag("--reward_thresholds", nargs="+", type=finite, metavar="T", help="train on 1 above, else 0 (paper: hps 0.28)")
-    flag("--reward_paths", nargs="+", default=[], metavar="NAME=PATH", help="where to load a reward model from")
+    flag("--reward_paths", nargs="+", default=[], metavar="NAME=PATH", help="where models are loaded from; replaces the preset's")
     flag("--eval_reward", nargs="+", default=[], metavar="NAME", help="rewards that are evaluated and not trained")
     # sampling
     flag("--num_inference_steps", type=int, help="T, in training and in evaluation")
@@ -544,7 +544,7 @@ def evaluate(run, step):
     for axis in axes.flat:
         axis.axis("off")
     for axis, sample, prompt in zip(axes.flat, samples[:: args.eval_samples].cpu(), run.eval_prompts):
-        axis.imshow(sample.permute(1, 2, 0))
+        axis.imshow(sample.permute(1, 2, 0).numpy())
         axis.set_title("\n".join(textwrap.wrap(prompt, 22)[:3]), fontsize=8)
     figure.suptitle(f"held-out prompts, iteration {step}")
     figure.savefig(run.folder / f"samples/step_{step:06d}.png")
