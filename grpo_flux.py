@@ -26,6 +26,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -44,6 +45,7 @@ from tqdm import tqdm
 from rewards import binary, check_reward_names, load_rewards
 from sde import flow_sde_step, flow_sigmas, joint_nats, noise_levels
 
+warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # diffusers' own call of the Hub
 HERE = Path(__file__).resolve().parent
 
 # Legend of shapes:  B rows = prompts x G    b rows of a micro-batch    G group size    T sampling steps
@@ -67,7 +69,7 @@ PRESETS = {
     ),
     "lora": REAL | dict(
         num_inference_steps=12, prompts_per_step=16, num_updates=2,  # script; 8 GPUs x 2 prompts
-        learning_rate=3e-4, rank=128, lora_alpha=256, checkpointing_steps=60,  # script
+        learning_rate=3e-4, rank=128, lora_alpha=256, checkpointing_steps=60, max_train_steps=301,  # script
     ),
     "paper": REAL | dict(num_inference_steps=25, prompts_per_step=32, num_updates=4),  # Table 6
     "official": REAL | dict(num_inference_steps=16, prompts_per_step=16, num_updates=3),  # script
@@ -102,7 +104,7 @@ def parse_args(argv=None):
     flag("--reward", nargs="+", default=["hps"], metavar="NAME", help="hps clip pick aesthetic jpeg FILE.py:FUNC")
     flag("--reward_weights", nargs="+", type=finite, metavar="W", help="of each reward's advantage; 1 (Algorithm 1)")
     flag("--reward_thresholds", nargs="+", type=finite, metavar="T", help="train on 1 above, else 0 (paper: hps 0.28)")
-    flag("--reward_paths", nargs="+", default=[], metavar="NAME=PATH", help="where models are loaded from; replaces the preset's")
+    flag("--reward_paths", nargs="+", default=[], metavar="NAME=PATH", help="of reward models; replaces the preset's")
     flag("--eval_reward", nargs="+", default=[], metavar="NAME", help="rewards that are evaluated and not trained")
     # sampling
     flag("--num_inference_steps", type=int, help="T, in training and in evaluation")
@@ -271,7 +273,8 @@ def check_args(args):
         ("--eta", args.eta, args.eta > 0, "above 0: the ODE has no log-probability to train"),
         ("--num_inference_steps", T, transitions >= 1, "at least 2, or 1 with --train_last_transition"),
         ("--sde_window", args.sde_window, 0 <= args.sde_window <= transitions, f"0 to {transitions}"),
-        ("--sde_window_range", f"{first} {last}", 0 <= first <= last <= transitions - args.sde_window,
+        ("--sde_window_range", f"{first} {last}",
+         not args.sde_window or 0 <= first <= last <= transitions - args.sde_window,
          f"FIRST <= LAST, in 0 to {transitions - args.sde_window}"),
         ("--timestep_fraction", args.timestep_fraction, 0 < args.timestep_fraction <= 1, "above 0, at most 1"),
         ("--clip_range", args.clip_range, 0 < args.clip_range < 1, "between 0 and 1"),
@@ -294,9 +297,11 @@ def check_args(args):
     for flag, words, names in (
         ("--reward_paths", args.reward_paths, []),
         ("--reward", args.reward, args.reward),
-        ("--eval_reward", args.eval_reward, held_out(args)),
+        ("--eval_reward", args.eval_reward, args.reward + held_out(args)),
     ):
         try:
+            if len(reward_paths(args)) < len(args.reward_paths):
+                raise ValueError("one path for a name")
             check_reward_names(names, reward_paths(args))
         except ValueError as error:
             raise ValueError(f"{flag} {' '.join(words)}: {error}") from error
@@ -305,12 +310,14 @@ def check_args(args):
     read_prompts("--prompts", args.prompts)
     if args.eval_prompts is not None:
         read_prompts("--eval_prompts", args.eval_prompts)
-    if args.resume_from_checkpoint:
+    if args.resume_from_checkpoint is not None:
         check_resume(args)
     elif args.output_dir is None:
         args.output_dir = f"outputs/{Path(__file__).stem}-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     elif Path(args.output_dir, "args.json").exists():
         raise ValueError(f"--output_dir {args.output_dir}: holds a run; --resume_from_checkpoint continues it")
+    elif not args.output_dir or any(p.is_file() for p in (Path(args.output_dir), *Path(args.output_dir).parents)):
+        raise ValueError(f"--output_dir {args.output_dir}: must be a folder, or a path where one can be made")
 
 
 def check_resume(args):
@@ -324,7 +331,11 @@ def check_resume(args):
     folder = checkpoint.resolve().parents[1]
     if args.output_dir is not None and Path(args.output_dir).resolve() != folder:
         raise ValueError(f"--output_dir {args.output_dir}: must be {folder}, the folder of the run that is continued")
-    before = json.loads((folder / "args.json").read_text())["args"]
+    try:
+        before = json.loads((folder / "args.json").read_text())["args"]
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"--resume_from_checkpoint {checkpoint}: must lie in a run's folder, with its args.json; "
+                         f"{type(error).__name__}: {error}") from error  # fmt: skip
     for name, value in vars(args).items():
         if name not in FREE and before.get(name) != value:
             raise ValueError(f"--{name} {value}: must be {before.get(name)}, as in the run that is continued")
@@ -344,12 +355,12 @@ def held_out(args):
 def read_prompts(flag, path):
     """The prompts of a file, in order; raises ValueError where there are none."""
     try:
-        lines = [line.strip() for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in Path(path).read_text("utf-8-sig").split("\n") if line.strip()]
         prompts = [json.loads(line)["prompt"] for line in lines] if path.endswith(".jsonl") else lines
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{flag} {path}: must be a UTF-8 file of prompts; {type(error).__name__}: {error}") from error
-    if not prompts:
-        raise ValueError(f"{flag} {path}: must hold at least one prompt")
+    if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+        raise ValueError(f"{flag} {path}: must hold at least one prompt, and none that is empty or no text")
     return prompts
 
 

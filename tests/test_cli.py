@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -177,7 +178,7 @@ def test_jsonl_and_txt_give_the_same_prompts(tmp_path):
     prompts = ["a red circle on white", "ein grüner Kreis"]
     (tmp_path / "a.txt").write_text("\n".join(prompts) + "\n\n", "utf-8")
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
-    assert g.read_prompts("--prompts", f"{tmp_path}/a.txt") == g.read_prompts("--prompts", f"{tmp_path}/a.jsonl") == prompts
+    assert [g.read_prompts("--prompts", f"{tmp_path}/a.{kind}") for kind in ("txt", "jsonl")] == [prompts] * 2
 
 
 # ---- PRESETS AND FLAGS -------------------------------------------------------------------------------------------
@@ -226,3 +227,120 @@ def test_help_shows_every_flag(capsys):
         g.parse_args(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0 and all(f"--{name}" in text for name in g.PRESETS["tiny"])
+
+
+@pytest.mark.parametrize(
+    "name, script",
+    [
+        ("lora", dict(num_inference_steps=12, prompts_per_step=16, num_updates=2, learning_rate=3e-4, rank=128,
+                      lora_alpha=256, checkpointing_steps=60, max_train_steps=301)),
+        ("official", dict(num_inference_steps=16, prompts_per_step=16, num_updates=3, learning_rate=1e-5, rank=0,
+                          checkpointing_steps=40, max_train_steps=300)),
+    ],
+)  # fmt: skip
+def test_the_other_presets_are_the_authors_scripts(name, script, preset):
+    script |= dict(ema_decay=0.0, num_generations=12, eta=0.3, shift=3.0, timestep_fraction=0.6, clip_range=1e-4,
+                   adv_clip_max=5.0, max_grad_norm=1.0, guidance_scale=3.5, resolution=720, adam_weight_decay=1e-4)  # fmt: skip
+    args = preset(name)
+    assert {key: getattr(args, key) for key in script} == script
+
+
+@pytest.mark.parametrize("name", g.PRESETS)
+def test_every_value_of_a_preset_gives_way_to_a_flag(name, preset, monkeypatch):
+    monkeypatch.setattr(g, "check_args", lambda args: None)
+    for key, value in g.PRESETS[name].items():
+        if isinstance(value, bool):
+            words, other = [f"--no-{key}" if value else f"--{key}"], not value
+        elif isinstance(value, list):
+            other = [value[0]] * 2 if isinstance(value[0], int) else ["other"]
+            words = [f"--{key}", *map(str, other)]
+        else:
+            other = value + 1 if isinstance(value, (int, float)) and key != "mixed_precision" else "no"
+            words = [f"--{key}", str(other)]
+        assert getattr(preset(name), key) != other == getattr(preset(name, *words), key), key
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--num_generations 2 --prompts_per_step 1 --num_updates 1",
+        "--num_generations 4 --best_of_n 4 --num_updates 1",
+        "--timestep_fraction 1",
+        "--ema_decay 0.999",
+        "--rank 1 --lora_alpha 1",
+        "--num_inference_steps 6 --sde_window 5 --sde_window_range 0 0",
+        "--num_inference_steps 6 --sde_window 2 --sde_window_range 3 3",
+        "--num_inference_steps 1 --train_last_transition --sde_window 1 --sde_window_range 0 0",
+        "--num_inference_steps 2 --sde_window 0 --sde_window_range 0 0",
+        "--resolution 16",
+        "--reward_weights -1",
+        "--guidance_scale 0 --adam_weight_decay 0 --ratio_tolerance 0",
+    ],
+)
+def test_what_just_works_is_not_refused(words, folder):
+    g.parse_args(words.split())
+
+
+def test_a_continuation_may_differ_in_nothing_else(folder, capsys):
+    record = json.loads((folder / "run/args.json").read_text())
+    words = ["--resume_from_checkpoint", "latest", "--output_dir", str(folder / "run")]
+    free = {"output_dir", "resume_from_checkpoint", "max_train_steps", "report_to", "checkpointing_steps",
+            "checkpoints_total_limit"}  # fmt: skip
+    for name in record["args"]:
+        changed = {"args": record["args"] | {name: "something else"}}
+        (folder / "run/args.json").write_text(json.dumps(changed))
+        if name in free:
+            g.parse_args(words)
+        else:
+            with pytest.raises(SystemExit):
+                g.parse_args(words)
+            assert capsys.readouterr().err.split("error: ")[1].startswith(f"--{name} ")
+
+
+@pytest.mark.parametrize(
+    "words, text",
+    [
+        ("--prompts FILES/number.jsonl", "--prompts"),
+        ("--prompts FILES/blank.jsonl", "--prompts"),
+        ("--output_dir FILES/empty.txt", "--output_dir"),
+        ("--resume_from_checkpoint FILES/copied/step_000002", "--resume_from_checkpoint"),
+        ("--resume_from_checkpoint FILES/torn/checkpoints/step_000002", "args.json"),
+        ("--reward_paths hps=FILES hps=FILES", "--reward_paths"),
+        ("--reward_paths vit=FILES", "error: --reward_paths"),
+        ("--reward_paths hps", "error: --reward_paths"),
+        ("--reward FILES/mine.py:mine --eval_reward FILES/more.py:mine", "--eval_reward"),
+        ("--output_dir=", "--output_dir"),
+        ("--resume_from_checkpoint=", "--resume_from_checkpoint"),
+    ],
+)
+def test_more_bad_input_is_refused_in_one_line(words, text, folder, capsys):
+    (folder / "number.jsonl").write_text('{"prompt": 3}\n')
+    (folder / "more.py").write_text("def mine(images, prompts):\n    pass\n")
+    (folder / "blank.jsonl").write_text('{"prompt": " "}\n')
+    for name in ("copied/step_000002", "torn/checkpoints/step_000002"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "training_state.pt").touch()
+    (folder / "torn/args.json").touch()
+    with pytest.raises(SystemExit) as stop:
+        g.parse_args(words.replace("FILES", str(folder)).split())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and text in error, error
+
+
+def test_the_range_of_a_window_that_is_off_does_not_matter(folder):
+    g.parse_args("--sde_window 0 --num_inference_steps 4".split())  # the preset's range, which nobody asked for
+
+
+def test_prompts_may_hold_a_byte_order_mark_and_any_separator(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa red circle\n")
+    (tmp_path / "b.jsonl").write_text('{"prompt": "a\u2028b"}\n', "utf-8")
+    assert g.read_prompts("--prompts", f"{tmp_path}/a.txt") == ["a red circle"]
+    assert g.read_prompts("--prompts", f"{tmp_path}/b.jsonl") == ["a\u2028b"]
+
+
+def test_a_model_that_is_out_of_reach_is_one_line(tmp_path):
+    """As a process of its own: a library's warning would be a second line."""
+    command = [sys.executable, g.HERE / "grpo_flux.py", "--preset", "paper", "--prompts", TINY / "prompts.txt"]
+    offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=offline)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "FLUX.1-dev" in result.stderr, result.stderr

@@ -595,10 +595,10 @@ def test_without_a_window_every_step_has_noise(files, tmp_path):
 
 
 def test_noise_belongs_to_its_row_and_iteration_whatever_the_micro_batch(build, watch):
-    """All that is drawn in two iterations: standard normal, and no two vectors have anything in common."""
+    """All that is drawn in two iterations of two seeds: standard normal, and no two vectors share a thing."""
     drawn = {}
-    for size in (1, 8):
-        run = build(**WINDOW, train_batch_size=size)
+    for size, seed in ((1, 0), (8, 0), (8, 1)):
+        run = build(sde_window=2, train_batch_size=size, seed=seed)  # from the first draw of each generator on
         log = watch(run, frozen=True)
         g.train_step(run, 0), g.train_step(run, 1)
         trajectory = torch.cat(log.trajectories)
@@ -608,14 +608,18 @@ def test_noise_belongs_to_its_row_and_iteration_whatever_the_micro_batch(build, 
         noise = torch.cat(noise)  # by iteration, step and row; row by row its steps come first
         if size == 1:
             noise = noise.view(2, 8, 2, 16, 64).transpose(1, 2).flatten(0, 2)
-        drawn[size] = trajectory, torch.cat([init, noise]).flatten(1)
-    for one_by_one, together in zip(drawn[1], drawn[8]):
+        drawn[size, seed] = trajectory, torch.cat([init, noise]).flatten(1)
+    for one_by_one, together in zip(drawn[1, 0], drawn[8, 0]):
         torch.testing.assert_close(one_by_one, together, rtol=1e-3, atol=1e-3)
-    vectors = drawn[8][1]
-    assert vectors.shape == (36, 1024)
+    vectors = torch.cat([drawn[8, 0][1], drawn[8, 1][1]])
+    assert vectors.shape == (72, 1024)
     likeness = vectors @ vectors.T / 1024
-    assert (likeness.diag() - 1).abs().max() < 6 * math.sqrt(2 / 1024)
+    for kind in (vectors.view(2, 36, 1024)[:, :4], vectors.view(2, 36, 1024)[:, 4:]):  # initial noise, SDE noise
+        assert abs(float(kind.var()) - 1) < 6 * math.sqrt(2 / kind.numel())
     assert (likeness - likeness.diag().diag()).abs().max() < 7 / math.sqrt(1024)
+    # Initial noise is packed after it is drawn: the same numbers in another order would look unlike.
+    distance = torch.cdist(vectors.sort(1).values, vectors.sort(1).values, p=math.inf)
+    assert (distance + torch.eye(72)).min() > 0.01
 
 
 def test_a_group_shares_its_initial_noise_unless_told_otherwise(build, watch):
@@ -1048,11 +1052,18 @@ def test_lora_loads_in_diffusers_and_is_the_policy_that_was_trained(build):
     models = SimpleNamespace(**vars(run.models) | {"policy": pipe.transformer.eval()})
     with torch.no_grad():
         trained, base = (g.predict(m, run.args, latents, 0.7, cond) for m in (run.models, models))
+        by_hand = copy.deepcopy(pipe.transformer)  # W + alpha/rank B A
+        for name, module in policy.named_modules():
+            if hasattr(module, "lora_A"):
+                update = module.lora_B["default"].weight @ module.lora_A["default"].weight
+                by_hand.get_submodule(name).weight += 12 / 4 * update
+        merged = g.predict(SimpleNamespace(**vars(models) | {"policy": by_hand}), run.args, latents, 0.7, cond)
         pipe.load_lora_weights(run.folder / "checkpoints/step_000002")
         loaded = g.predict(models, run.args, latents, 0.7, cond)
     change = (trained - base).norm()
     assert change > 1e-3 * base.norm()
     assert (loaded - trained).norm() < 1e-3 * change
+    assert (merged - trained).norm() < 1e-3 * change
 
 
 @pytest.mark.parametrize("flags", [dict(), dict(shift=1.7, guidance_scale=1.5, num_inference_steps=6)])

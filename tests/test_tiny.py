@@ -96,7 +96,8 @@ def test_training_that_was_stopped_ends_as_if_it_was_not(tmp_path, monkeypatch):
                 raise KeyboardInterrupt
             return (model(torch.randn(4, 3, generator=generator)) - rng.random()).square().mean()
 
-        trained = make_tiny.train(name, model, loss, steps=230, lr=1e-2, seed=1, ema_decay=0.9, first_cycle=120, every=50)
+        schedule = dict(steps=230, lr=1e-2, ema_decay=0.9, first_cycle=120)
+        trained = make_tiny.train(name, model, loss, seed=1, every=50, **schedule)
         return torch.cat([p.detach().flatten() for p in trained.parameters()]), len(calls)
 
     whole, _ = result("whole")
