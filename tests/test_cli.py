@@ -240,7 +240,8 @@ def test_help_shows_every_flag(capsys):
 )  # fmt: skip
 def test_the_other_presets_are_the_authors_scripts(name, script, preset):
     script |= dict(ema_decay=0.0, num_generations=12, eta=0.3, shift=3.0, timestep_fraction=0.6, clip_range=1e-4,
-                   adv_clip_max=5.0, max_grad_norm=1.0, guidance_scale=3.5, resolution=720, adam_weight_decay=1e-4)  # fmt: skip
+                   adv_clip_max=5.0, max_grad_norm=1.0, guidance_scale=3.5, resolution=720,
+                   adam_weight_decay=1e-4)  # fmt: skip
     args = preset(name)
     assert {key: getattr(args, key) for key in script} == script
 
