@@ -35,11 +35,13 @@ from types import SimpleNamespace
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it asks for torchvision, which nothing here needs
 import diffusers
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import transformers
 from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline
 from diffusers.training_utils import EMAModel
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 from tqdm import tqdm
 
 from rewards import binary, check_reward_names, load_rewards
@@ -55,11 +57,11 @@ HERE = Path(__file__).resolve().parent
 # Sources: "Table 6" of the paper; "script", the authors' launch script of that setting (16 GPUs, or LoRA on 8).
 REAL = dict(
     pretrained_model_name_or_path="black-forest-labs/FLUX.1-dev", mixed_precision="bf16",  # script
-    resolution=720, max_train_steps=300, gradient_checkpointing=True,  # script; the paper says none of them
+    height=720, width=720, max_train_steps=300, gradient_checkpointing=True,  # script; the paper says none of them
 )  # fmt: skip
 PRESETS = {
     "tiny": dict(
-        pretrained_model_name_or_path=f"{HERE}/tiny/flux", resolution=64, train_batch_size=72,
+        pretrained_model_name_or_path=f"{HERE}/tiny/flux", height=64, width=64, train_batch_size=72,
         prompts=f"{HERE}/tiny/prompts.txt", eval_prompts=f"{HERE}/tiny/prompts_heldout.txt", eval_samples=4,
         reward_paths=[f"hps={HERE}/tiny/hps", f"clip={HERE}/tiny/clip"],
         eval_reward=["hps", "clip", f"{HERE}/tiny/world.py:correct", f"{HERE}/tiny/world.py:well_made"],
@@ -92,7 +94,8 @@ def parse_args(argv=None):
     flag("--preset", choices=PRESETS, default="tiny", help="a set of defaults; flags given by hand override it")
     # the model
     flag("--pretrained_model_name_or_path", "--model", help="folder or Hugging Face id, diffusers' layout")
-    flag("--resolution", type=int, help="height and width of the samples, pixels")
+    flag("--height", type=int, help="of the samples, pixels")
+    flag("--width", type=int, help="of the samples, pixels")
     flag("--guidance_scale", type=finite, default=3.5, help="embedded guidance (script)")
     flag("--mixed_precision", choices=["no", "bf16"], default="no", help="bf16: autocast, trained weights in fp32")
     flag("--gradient_checkpointing", action=switch, default=False, help="recompute activations when needed")
@@ -165,8 +168,9 @@ def check_model(args):
     if (found := pipeline["_class_name"]) != "FluxPipeline":
         raise ValueError(f"--model {args.pretrained_model_name_or_path}: a {found}, not a FluxPipeline")
     multiple = 2 ** len(vae["block_out_channels"])  # the VAE's compression times the 2x2 patches of the transformer
-    if args.resolution < multiple or args.resolution % multiple:
-        raise ValueError(f"--resolution {args.resolution}: must be a multiple of {multiple}")
+    for flag, pixels in (("--height", args.height), ("--width", args.width)):
+        if pixels < multiple or pixels % multiple:
+            raise ValueError(f"{flag} {pixels}: must be a multiple of {multiple}")
     if args.shift <= 0:
         raise ValueError(f"--shift {args.shift}: must be above 0")
 
@@ -213,9 +217,9 @@ def encode_prompts(models, prompts):
 
 def init_latents(models, args, generators):
     """Standard normal latents, one row a generator, packed 2x2: (b, h*w/4, 4*C) for C latent channels of h x w."""
-    channels, side = models.vae.config.latent_channels, args.resolution // models.pipe.vae_scale_factor
-    noise = randn_tensor((len(generators), channels, side, side), generator=generators, device=models.device)
-    return FluxPipeline._pack_latents(noise, len(generators), channels, side, side)
+    factor = models.pipe.vae_scale_factor
+    shape = (len(generators), models.vae.config.latent_channels, args.height // factor, args.width // factor)
+    return FluxPipeline._pack_latents(randn_tensor(shape, generator=generators, device=models.device), *shape)
 
 
 def schedule(args):
@@ -225,8 +229,8 @@ def schedule(args):
 
 def predict(models, args, latents, level, cond):
     """The velocity (b, *L) at noise level `level`: the only call of the network, in rollout and update alike."""
-    side, dtype = args.resolution // models.pipe.vae_scale_factor // 2, torch.float32
-    ids = FluxPipeline._prepare_latent_image_ids(1, side, side, models.device, dtype)
+    height, width = (pixels // models.pipe.vae_scale_factor // 2 for pixels in (args.height, args.width))  # in patches
+    ids = FluxPipeline._prepare_latent_image_ids(1, height, width, models.device, torch.float32)
     rows = latents.new_ones(len(latents))
     with torch.autocast(models.device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
         velocity = models.policy(
@@ -247,7 +251,7 @@ policy_step = flow_sde_step
 def decode(models, args, latents):
     """Packed latents -> images (b, 3, H, W) in [0, 1]."""
     config = models.vae.config
-    latents = FluxPipeline._unpack_latents(latents, args.resolution, args.resolution, models.pipe.vae_scale_factor)
+    latents = FluxPipeline._unpack_latents(latents, args.height, args.width, models.pipe.vae_scale_factor)
     images = models.vae.decode((latents / config.scaling_factor + config.shift_factor).to(models.vae.dtype)).sample
     return (images.float() / 2 + 0.5).clamp(0, 1)
 
@@ -258,6 +262,7 @@ COUNTS = ("prompts_per_step", "num_updates", "train_batch_size", "max_train_step
           "eval_samples", "checkpointing_steps", "checkpoints_total_limit")  # fmt: skip
 POSITIVE = ("learning_rate", "adv_clip_max", "max_grad_norm")
 NOT_NEGATIVE = ("guidance_scale", "rank", "adam_weight_decay", "ratio_tolerance")
+FPS = 8  # of animations (script)
 # What may differ between a run and its continuation; anything else would make it another run.
 FREE = ("output_dir", "resume_from_checkpoint", "max_train_steps", "report_to", "checkpointing_steps",
         "checkpoints_total_limit")  # fmt: skip
@@ -551,18 +556,37 @@ def evaluate(run, step):
             cond = encode_prompts(run.models, [prompts[i] for i in b])
             samples.append(rollout(run.models, args, cond, latents, [0.0] * args.num_inference_steps)[2])
     samples = torch.cat(samples)
-    figure, axes = plt.subplots(3, 8, figsize=(12, 6.2), layout="constrained")
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, sample, prompt in zip(axes.flat, samples[:: args.eval_samples].cpu(), run.eval_prompts):
-        axis.imshow(sample.permute(1, 2, 0).numpy())
-        axis.set_title("\n".join(textwrap.wrap(prompt, 22)[:3]), fontsize=8)
-    figure.suptitle(f"held-out prompts, iteration {step}")
-    figure.savefig(run.folder / f"samples/step_{step:06d}.png")
-    plt.close(figure)
+    draw_samples(samples[:: args.eval_samples], run.eval_prompts, step, run.folder / f"samples/step_{step:06d}")
     scores = run.reward(samples, prompts) | run.eval_reward(samples, prompts)
     metrics = {f"eval/{k}": float(v.double().mean()) for k, v in scores.items()}
     return metrics | {f"eval_std/{k}": float(v.double().std()) for k, v in scores.items()}
+
+
+def draw_samples(samples, prompts, step, path):
+    """The first 24 samples, under their prompts: images as path.png; videos (b, F, 3, H, W) as the animation path.webp,
+    and as path.mp4 where imageio-ffmpeg is installed."""
+    videos = (samples if samples.ndim == 5 else samples[:, None]).permute(0, 1, 3, 4, 2).cpu().numpy()
+    figure, axes = plt.subplots(3, 8, figsize=(12, 6.2), layout="constrained")
+    figure.suptitle(f"held-out prompts, iteration {step}")
+    for axis in axes.flat:
+        axis.axis("off")
+    cells = [axis.imshow(video[0]) for axis, video in zip(axes.flat, videos)]
+    for axis, prompt in zip(axes.flat, prompts):
+        axis.set_title("\n".join(textwrap.wrap(prompt, 22)[:3]), fontsize=8)
+    pictures = []
+    for frame in range(videos.shape[1]):
+        for cell, video in zip(cells, videos):
+            cell.set_data(video[frame])
+        figure.canvas.draw()
+        pictures.append(Image.fromarray(np.array(figure.canvas.buffer_rgba())).convert("RGB"))
+    plt.close(figure)
+    if len(pictures) == 1:
+        pictures[0].save(path.with_suffix(".png"))
+        return
+    timing = {"duration": 1000 // FPS, "loop": 0}
+    pictures[0].save(path.with_suffix(".webp"), save_all=True, append_images=pictures[1:], **timing)
+    if find_spec("imageio_ffmpeg"):
+        diffusers.utils.export_to_video(pictures, path.with_suffix(".mp4"), fps=FPS)
 
 
 def draw_curves(folder):

@@ -69,8 +69,8 @@ BAD = """
 --model FILES                                                         model_index.json
 --model FILES/absent                                                  model_index.json
 --model FILES/other_model                                             FluxPipeline
---resolution 60                                                       multiple of 16
---resolution 0                                                        multiple of 16
+--height 60                                                           multiple of 16
+--width 0                                                             multiple of 16
 --num_generations 1                                                   at least 2
 --best_of_n 14                                                        even, at most 12
 --best_of_n 3                                                         even, at most 12
@@ -194,7 +194,7 @@ def test_paper_is_table_6(preset):
     table = dict(
         learning_rate=1e-5, max_grad_norm=1.0, prompts_per_step=32, num_generations=12, num_updates=4, clip_range=1e-4,
         eta=0.3, num_inference_steps=25, timestep_fraction=0.6, init_same_noise=True, sde_window=0, rank=0,
-        mixed_precision="bf16", resolution=720, shift=3.0, best_of_n=0, adv_clip_max=5.0, adam_weight_decay=1e-4,
+        mixed_precision="bf16", height=720, width=720, shift=3.0, best_of_n=0, adv_clip_max=5.0, adam_weight_decay=1e-4,
         train_last_transition=False, decode_x0=True, pretrained_model_name_or_path="black-forest-labs/FLUX.1-dev",
     )  # fmt: skip
     assert {name: getattr(args, name) for name in table} == table
@@ -240,7 +240,7 @@ def test_help_shows_every_flag(capsys):
 )  # fmt: skip
 def test_the_other_presets_are_the_authors_scripts(name, script, preset):
     script |= dict(ema_decay=0.0, num_generations=12, eta=0.3, shift=3.0, timestep_fraction=0.6, clip_range=1e-4,
-                   adv_clip_max=5.0, max_grad_norm=1.0, guidance_scale=3.5, resolution=720,
+                   adv_clip_max=5.0, max_grad_norm=1.0, guidance_scale=3.5, height=720, width=720,
                    adam_weight_decay=1e-4)  # fmt: skip
     args = preset(name)
     assert {key: getattr(args, key) for key in script} == script
@@ -273,7 +273,8 @@ def test_every_value_of_a_preset_gives_way_to_a_flag(name, preset, monkeypatch):
         "--num_inference_steps 6 --sde_window 2 --sde_window_range 3 3",
         "--num_inference_steps 1 --train_last_transition --sde_window 1 --sde_window_range 0 0",
         "--num_inference_steps 2 --sde_window 0 --sde_window_range 0 0",
-        "--resolution 16",
+        "--height 16",
+        "--width 32",
         "--reward_weights -1",
         "--guidance_scale 0 --adam_weight_decay 0 --ratio_tolerance 0",
     ],

@@ -5,6 +5,7 @@
 
     vae     the autoencoder                     AutoencoderKL                        kept in tiny/.build
     flux    a FLUX pipeline with that VAE       FluxPipeline                         tiny/flux
+    sd14    a Stable Diffusion pipeline with it StableDiffusionPipeline              tiny/sd14
     clip    image and caption alignment         CLIPModel                            tiny/clip
     hps     the same, taught preferences        CLIPModel                            tiny/hps
 
@@ -21,7 +22,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import FluxTransformer2DModel, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -163,10 +165,15 @@ def encoded_bank(vae, n, seed):
     return scenes, (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
 
+def told_captions(scenes, rng):
+    """A quarter of the captions is wrong by one word, so a base model often draws something else than it was asked for,
+    as base models do."""
+    return [(world.change_one_word(scene, rng) if rng.random() < 0.25 else scene).caption for scene in scenes]
+
+
 # ---- FLUX ----------------------------------------------------------------------------------------------------------
 def make_flux():
-    """2 double and 4 single blocks of width 128. A quarter of the captions is wrong by one word, so the base model
-    often draws something else than it was asked for, as base models do."""
+    """2 double and 4 single blocks of width 128."""
     torch.manual_seed(3)
     vae = load_vae()
     transformer = FluxTransformer2DModel(
@@ -185,8 +192,7 @@ def make_flux():
 
     def loss(model, rng, generator):
         index = torch.randint(len(bank), (64,), generator=generator)
-        told = [world.change_one_word(scenes[i], rng) if rng.random() < 0.25 else scenes[i] for i in index]
-        captions = [scene.caption for scene in told]
+        captions = told_captions([scenes[i] for i in index], rng)
         x0 = FluxPipeline._pack_latents(bank[index].to(DEVICE), 64, 16, 8, 8)
         noise = torch.randn(x0.shape, generator=generator).to(DEVICE)
         # Logit-normal noise levels, moved towards 1, where sampling with shift 3 spends its steps.
@@ -211,20 +217,62 @@ def make_flux():
     )  # fmt: skip
     pipe.vae.half(), pipe.transformer.half()  # the text encoders stay in fp32: transformers loads what it finds
     pipe.save_pretrained(TINY / "flux")
-    report_flux()
+    report("flux", max_sequence_length=TEXT_LENGTH)
 
 
-def report_flux(steps=16):
-    """What the base model draws, by the judge: single objects and pairs apart."""
-    pipe = FluxPipeline.from_pretrained(TINY / "flux", dtype=torch.float32).to(DEVICE)
+def report(name, **kwargs):
+    """What a base model draws, by the judge: single objects and pairs apart."""
+    pipe = DiffusionPipeline.from_pretrained(TINY / name, dtype=torch.float32).to(DEVICE)
     pipe.set_progress_bar_config(disable=True)
     prompts = (TINY / "prompts_heldout.txt").read_text().split("\n")[:-1] * 4
-    generator = torch.Generator().manual_seed(0)
-    images = pipe(prompts, height=world.SIZE, width=world.SIZE, num_inference_steps=steps, generator=generator,
-                  max_sequence_length=TEXT_LENGTH, output_type="pt").images  # fmt: skip
+    images = pipe(prompts, height=world.SIZE, width=world.SIZE, num_inference_steps=16, output_type="pt",
+                  generator=torch.Generator().manual_seed(0), **kwargs).images  # fmt: skip
     pair = torch.tensor([bool(world.parse(p).relation) for p in prompts])
     right, made = world.correct(images, prompts), world.well_made(images, prompts)
-    print(f"flux: correct {right[~pair].mean():.3f} single, {right[pair].mean():.3f} pairs, made {made.mean():.3f}")
+    print(f"{name}: correct {right[~pair].mean():.3f} single, {right[pair].mean():.3f} pairs, made {made.mean():.3f}")
+
+
+# ---- Stable Diffusion ----------------------------------------------------------------------------------------------
+def make_sd14():
+    """Convolutions at 8x8, cross-attention at 4x4. One caption in eight is left empty, which teaches the unconditional
+    prediction that guidance needs."""
+    torch.manual_seed(7)
+    vae = load_vae()
+    # Stable Diffusion's latents know a scale and no shift. These have a mean of a hundredth of their spread: it stays.
+    vae.register_to_config(shift_factor=0.0)
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=16, out_channels=16, block_out_channels=(64, 96), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=64, attention_head_dim=4, norm_num_groups=16,
+    )  # fmt: skip
+    clip = CLIPTextModel(CLIPTextConfig(hidden_size=64, intermediate_size=256, num_hidden_layers=2,
+                                        num_attention_heads=4, projection_dim=64, **TEXT))  # fmt: skip
+    scheduler = PNDMScheduler(  # Stable Diffusion v1.4's own numbers
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, set_alpha_to_one=False,
+        steps_offset=1,
+    )  # fmt: skip
+    scheduler.register_to_config(clip_sample=False)  # read where a DDIMScheduler is made of this config
+    model = nn.ModuleDict({"unet": unet, "text_encoder": clip})
+    scenes, bank = encoded_bank(vae, 24576, seed=4)
+
+    def loss(model, rng, generator):
+        index = torch.randint(len(bank), (64,), generator=generator)
+        captions = told_captions([scenes[i] for i in index], rng)
+        captions = ["" if rng.random() < 0.125 else caption for caption in captions]
+        x0 = bank[index].to(DEVICE)
+        noise = torch.randn(x0.shape, generator=generator).to(DEVICE)
+        timestep = torch.randint(1000, (64,), generator=generator).to(DEVICE)
+        text = model["text_encoder"](tokenize(CLIP_TOKENS, captions)).last_hidden_state
+        return F.mse_loss(model["unet"](scheduler.add_noise(x0, noise, timestep), timestep, text).sample, noise)
+
+    model = train("sd14", model, loss, steps=SD14_STEPS, lr=1e-3, seed=7, ema_decay=0.998, first_cycle=4000).cpu()
+    pipe = StableDiffusionPipeline(
+        vae=vae.cpu(), text_encoder=model["text_encoder"], tokenizer=CLIP_TOKENS, unet=model["unet"],
+        scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.vae.half(), pipe.unet.half()  # the text encoder stays in fp32: transformers loads what it finds
+    pipe.save_pretrained(TINY / "sd14")
+    report("sd14", guidance_scale=5.0)
 
 
 # ---- CLIP and HPS --------------------------------------------------------------------------------------------------
@@ -342,8 +390,9 @@ def make_prompts():
         (TINY / f"{name}.txt").write_text("".join(s.caption + "\n" for s in chosen))
 
 
-VAE_STEPS, FLUX_STEPS, CLIP_STEPS, HPS_STEPS = 1800, 11800, 1600, 600
-STAGES = {"prompts": make_prompts, "vae": make_vae, "flux": make_flux, "clip": make_clip, "hps": make_hps}
+VAE_STEPS, FLUX_STEPS, SD14_STEPS, CLIP_STEPS, HPS_STEPS = 1800, 11800, 4000, 1600, 600
+STAGES = {"prompts": make_prompts, "vae": make_vae, "flux": make_flux, "sd14": make_sd14, "clip": make_clip,
+          "hps": make_hps}  # fmt: skip
 
 
 def main():
