@@ -315,7 +315,9 @@ def test_another_guidance_in_the_update_stops_the_run(build, monkeypatch):
         sd.train_step(run, 0)
 
 
-@pytest.mark.parametrize("flags", [dict(height=32), dict(guidance_scale=1), dict(guidance_scale=2.5, num_inference_steps=7)])
+@pytest.mark.parametrize(
+    "flags", [dict(height=32), dict(guidance_scale=1), dict(guidance_scale=2.5, num_inference_steps=7)]
+)
 def test_without_noise_a_rollout_is_the_call_of_the_pipeline(flags, build):
     run = build(**flags)
     args, pipe = run.args, run.models.pipe
