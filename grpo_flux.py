@@ -118,7 +118,7 @@ def parse_args(argv=None):
     flag("--sde_window_range", nargs=2, type=int, default=[0, 0], metavar=("FIRST", "LAST"), help="of its start")
     flag("--init_same_noise", action=switch, default=True, help="one initial noise a group (Algorithm 1)")
     flag("--decode_x0", action=switch, default=True, help="decode the last step's x0 (authors' code), not its latents")
-    flag("--train_last_transition", action=switch, default=False, help="its noise reaches no decoded x0: sde.py (16)")
+    flag("--train_last_transition", action=switch, default=False, help="with --decode_x0 its noise reaches no reward")
     # GRPO
     flag("--prompts_per_step", type=int, help="prompts an iteration")
     flag("--num_generations", type=int, default=12, help="G, samples a prompt (Table 6)")
@@ -468,7 +468,7 @@ def train_step(run, step):
         rows = best_and_worst(advantages, G, args.best_of_n)
     advantages = advantages.clamp(-args.adv_clip_max, args.adv_clip_max).float().to(models.device)
 
-    # 6: of those that have a density and whose noise reaches the reward; drawn for each micro-batch.
+    # 6: of those that have a density, without the last unless asked; drawn for each micro-batch.
     reach = args.num_inference_steps - (not args.train_last_transition)
     trainable = torch.tensor([t for t in range(reach) if etas[t] > 0])
     count, picks = math.ceil(args.timestep_fraction * len(trainable)), seeded(args.seed, "transitions", step)
@@ -499,7 +499,8 @@ def train_step(run, step):
             first_ratios = torch.cat(seen, 1)[1]
             ratio_max_dev = float((first_ratios - 1).abs().max())
             if not ratio_max_dev <= args.ratio_tolerance:
-                raise RuntimeError(f"max|ratio-1| = {ratio_max_dev:.1e} before the first update, where it has to be 0")
+                raise RuntimeError(f"max|ratio-1| = {ratio_max_dev:.1e} before the first update, where it has to be 0, "
+                                   f"or at most --ratio_tolerance {args.ratio_tolerance:g}")  # fmt: skip
         grad_norms.append(float(torch.nn.utils.clip_grad_norm_(run.parameters, args.max_grad_norm)))
         if not math.isfinite(grad_norms[-1]):
             raise RuntimeError(f"the gradient's norm is {grad_norms[-1]} in iteration {step + 1}")
@@ -642,6 +643,7 @@ def make_run(args):
     """All that an iteration needs: models, rewards, prompts, optimizer, and the folder it writes to."""
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()  # else each long prompt is printed each time that it is encoded
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = SimpleNamespace(args=args, folder=Path(args.output_dir), models=load_models(args, device), whole=True)
     run.parameters = [p for p in run.models.policy.parameters() if p.requires_grad]

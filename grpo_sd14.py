@@ -77,7 +77,7 @@ PRESETS = {
         num_updates=1,  # App. C
         learning_rate=3e-4, rank=128, lora_alpha=256,  # the script of FLUX; there is none for Stable Diffusion
     ),
-    "paper": REAL | dict(num_updates=1),  # App. C: with guidance one, not the four of Table 6
+    "paper": REAL | dict(num_updates=1),  # App. C: with guidance one update, not the four of Table 6
     "official": REAL | dict(num_generations=16, timestep_fraction=1.0, num_updates=2),  # script
 }  # fmt: skip
 
@@ -121,7 +121,7 @@ def parse_args(argv=None):
     flag("--sde_window_range", nargs=2, type=int, default=[0, 0], metavar=("FIRST", "LAST"), help="of its start")
     flag("--init_same_noise", action=switch, default=True, help="one initial noise a group (Algorithm 1)")
     flag("--decode_x0", action=switch, default=False, help="decode the last step's x0, not its latents (authors' code)")
-    flag("--train_last_transition", action=switch, default=False, help="its noise reaches no decoded x0: sde.py (16)")
+    flag("--train_last_transition", action=switch, default=False, help="with --decode_x0 its noise reaches no reward")
     # GRPO
     flag("--prompts_per_step", type=int, help="prompts an iteration")
     flag("--num_generations", type=int, default=12, help="G, samples a prompt (Table 6)")
@@ -147,7 +147,7 @@ def parse_args(argv=None):
     flag("--checkpoints_total_limit", type=int, default=2, help="older checkpoints are deleted")
     flag("--resume_from_checkpoint", metavar="CHECKPOINT", help="'latest', in --output_dir, or a checkpoint folder")
     flag("--report_to", choices=["none", "tensorboard", "wandb"], default="none", help="besides metrics.jsonl")
-    parser.set_defaults(eta_schedule="constant")  # no flag: by sde.py (23) Flow-GRPO's schedule is this one
+    parser.set_defaults(eta_schedule="constant")  # no flag: by sde.py (23), Flow-GRPO's schedule is a constant eta here
     parser.set_defaults(**PRESETS[parser.parse_known_args(argv)[0].preset])
     args = parser.parse_args(argv)
     try:
@@ -500,7 +500,7 @@ def train_step(run, step):
         rows = best_and_worst(advantages, G, args.best_of_n)
     advantages = advantages.clamp(-args.adv_clip_max, args.adv_clip_max).float().to(models.device)
 
-    # 6: of those that have a density and whose noise reaches the reward; drawn for each micro-batch.
+    # 6: of those that have a density, without the last unless asked; drawn for each micro-batch.
     reach = args.num_inference_steps - (not args.train_last_transition)
     trainable = torch.tensor([t for t in range(reach) if etas[t] > 0])
     count, picks = math.ceil(args.timestep_fraction * len(trainable)), seeded(args.seed, "transitions", step)
@@ -531,7 +531,8 @@ def train_step(run, step):
             first_ratios = torch.cat(seen, 1)[1]
             ratio_max_dev = float((first_ratios - 1).abs().max())
             if not ratio_max_dev <= args.ratio_tolerance:
-                raise RuntimeError(f"max|ratio-1| = {ratio_max_dev:.1e} before the first update, where it has to be 0")
+                raise RuntimeError(f"max|ratio-1| = {ratio_max_dev:.1e} before the first update, where it has to be 0, "
+                                   f"or at most --ratio_tolerance {args.ratio_tolerance:g}")  # fmt: skip
         grad_norms.append(float(torch.nn.utils.clip_grad_norm_(run.parameters, args.max_grad_norm)))
         if not math.isfinite(grad_norms[-1]):
             raise RuntimeError(f"the gradient's norm is {grad_norms[-1]} in iteration {step + 1}")
@@ -674,6 +675,7 @@ def make_run(args):
     """All that an iteration needs: models, rewards, prompts, optimizer, and the folder it writes to."""
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()  # else each long prompt is printed each time that it is encoded
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = SimpleNamespace(args=args, folder=Path(args.output_dir), models=load_models(args, device), whole=True)
     run.parameters = [p for p in run.models.policy.parameters() if p.requires_grad]

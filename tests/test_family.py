@@ -155,7 +155,8 @@ def test_a_run_that_was_cut_continues_bit_for_bit(script, tmp_path, monkeypatch)
         lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
         timeless = [{k: v for k, v in line.items() if not k.endswith("_s")} for line in lines]
         moments = [v for moment in state["optimizer"]["state"].values() for v in moment.values()]
-        return [*state["parameters"], *moments], timeless
+        average = state["ema"]["shadow_params"] if "ema" in state else []
+        return [*state["parameters"], *moments, *average], timeless
 
     module.main([*few, "--max_train_steps", "3", "--output_dir", "whole"])
     module.main([*few, "--max_train_steps", "1", "--output_dir", "cut"])
@@ -179,7 +180,7 @@ SMALL = dict(
     seed=0, eval_samples=1, validation_steps=100, guidance_scale=5, eta=0.7, num_inference_steps=4, sde_window=0,
     sde_window_range=(0, 0), timestep_fraction=1, prompts_per_step=2, num_generations=4, num_updates=1,
     train_batch_size=8, clip_range=1e-2, adv_clip_max=100, max_grad_norm=1e9, learning_rate=1e-3,
-    adam_weight_decay=1e-2, checkpointing_steps=100, checkpoints_total_limit=100, max_train_steps=2,
+    adam_weight_decay=1e-2, checkpointing_steps=100, checkpoints_total_limit=100, max_train_steps=2, ema_decay=0,
 )  # fmt: skip
 PROMPTS = ["a red circle on white", "a blue ring above a green square on black", "a cyan triangle on grey"]
 
@@ -213,7 +214,8 @@ def state(run):
 
 def separate(run, latents, timestep, cond):
     """The two predictions, each by a call of its own."""
-    return [run.models.policy(latents, timestep, cond[k]).sample for k in ("negative_prompt_embeds", "prompt_embeds")]
+    both = (cond["negative_prompt_embeds"].float(), cond["prompt_embeds"].float())
+    return [run.models.policy(latents, timestep, text).sample for text in both]
 
 
 def gradient(run, loss):
@@ -283,14 +285,16 @@ def test_one_iteration_tells_the_two_apart_in_its_gradient_alone(build):
 
 
 RATIO = [
-    dict(guidance_scale=scale, train_unconditional=trained, train_batch_size=size)
-    for scale in (5, 1) for trained in (True, False) for size in (1, 3, 8)
-]  # fmt: skip
+    flags | dict(train_batch_size=size)
+    for flags in (dict(guidance_scale=5), dict(guidance_scale=5, train_unconditional=False), dict(guidance_scale=1))
+    for size in (1, 3, 8)
+]
 RATIO += [dict(mixed_precision="bf16", train_unconditional=trained, train_batch_size=3) for trained in (True, False)]
 RATIO += [
     dict(best_of_n=2, train_batch_size=3), dict(num_updates=2, train_batch_size=3), dict(train_last_transition=True),
     dict(eta=1, sde_window=2, sde_window_range=(0, 1)), dict(rank=4, lora_alpha=8, train_batch_size=3),
-    dict(gradient_checkpointing=True, train_unconditional=False, mixed_precision="bf16"),
+    dict(gradient_checkpointing=True, train_unconditional=False, mixed_precision="bf16"), dict(decode_x0=True),
+    dict(gradient_checkpointing=True, rank=4, lora_alpha=8, mixed_precision="bf16", train_batch_size=3),
 ]  # fmt: skip
 
 
@@ -363,6 +367,19 @@ def test_the_export_is_the_policy_that_was_trained(build):
     assert pipe(PROMPTS[0], num_inference_steps=2).images[0].size == (64, 64)
 
 
+def test_with_an_average_the_export_is_the_average(build):
+    run = build(learning_rate=1e-2, ema_decay=0.9)
+    for step in range(3):
+        sd.train_step(run, step)
+    sd.save_checkpoint(run, 3)
+    exported = UNet2DConditionModel.from_pretrained(run.folder / "checkpoints/step_000003/unet").state_dict()
+    trained = {name: weight.clone() for name, weight in run.models.policy.state_dict().items()}
+    with sd.averaged_weights(run):
+        average = run.models.policy.state_dict()
+        assert all(torch.equal(weight, average[name]) for name, weight in exported.items())
+    assert not all(torch.equal(weight, trained[name]) for name, weight in exported.items())
+
+
 def test_lora_loads_in_diffusers_and_is_the_policy_that_was_trained(build):
     """lora_alpha is not the rank here: the scale of the update is part of the policy."""
     run = build(rank=4, lora_alpha=12, learning_rate=1e-2)
@@ -402,7 +419,12 @@ def test_ten_iterations_move_held_out_ode_samples_the_way_the_reward_asks(reward
 def folder(tmp_path, monkeypatch):
     """Copies of the tiny model's configs under other schedulers; whoever loads the model itself fails the test."""
     monkeypatch.setattr(sd, "load_models", lambda *args: pytest.fail("a model was loaded"))
+    published = {  # as old as Stable Diffusion v1.4 a config names no spacing, no prediction type, no clipping
+        "_class_name": "PNDMScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
+        "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
+    }  # fmt: skip
     for name, changes in {
+        "published": None,
         "trailing": {"timestep_spacing": "trailing"},
         "velocity": {"prediction_type": "v_prediction"},
         "to_one": {"set_alpha_to_one": True},
@@ -411,7 +433,7 @@ def folder(tmp_path, monkeypatch):
             (tmp_path / name / part).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(TINY / "sd14" / part, tmp_path / name / part)
         config = tmp_path / name / "scheduler/scheduler_config.json"
-        config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+        config.write_text(json.dumps(json.loads(config.read_text()) | changes if changes else published))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -447,10 +469,11 @@ def test_what_is_next_to_it_is_accepted(command, folder):
     sd.parse_args(command.split())
 
 
+@pytest.mark.parametrize("model", [f"{TINY}/sd14", "published"])
 @pytest.mark.parametrize("steps", [2, 3, 7, 12, 25, 50, 333, 999])
-def test_the_schedule_is_that_of_diffusers_for_any_number_of_steps(steps, folder):
+def test_the_schedule_is_that_of_diffusers_for_any_number_of_steps(steps, model, folder):
     window = ["--sde_window", "0", "--sde_window_range", "0", "0"]
-    args = sd.parse_args(["--num_inference_steps", str(steps), *window])
+    args = sd.parse_args(["--num_inference_steps", str(steps), "--model", model, *window])
     levels = sd.schedule(args)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     alphas = torch.cumprod(1 - betas, 0)
@@ -464,7 +487,8 @@ SHARED = dict(
     learning_rate=1e-5, max_grad_norm=1.0, prompts_per_step=32, clip_range=1e-4, eta=1.0, num_inference_steps=50,
     guidance_scale=5.0, train_unconditional=True, init_same_noise=True, sde_window=0, rank=0, mixed_precision="bf16",
     height=512, width=512, best_of_n=0, adv_clip_max=5.0, adam_weight_decay=1e-4, train_last_transition=False,
-    decode_x0=False, max_train_steps=300, pretrained_model_name_or_path="CompVis/stable-diffusion-v1-4",
+    decode_x0=False, max_train_steps=300, train_batch_size=4, checkpointing_steps=50, ema_decay=0.0,
+    pretrained_model_name_or_path="CompVis/stable-diffusion-v1-4",
 )  # fmt: skip
 
 
