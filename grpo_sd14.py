@@ -101,7 +101,7 @@ def parse_args(argv=None):
     flag("--height", type=int, help="of the samples, pixels")
     flag("--width", type=int, help="of the samples, pixels")
     flag("--guidance_scale", type=finite, default=5.0, help="classifier-free, in training too (script); 1: none")
-    flag("--train_unconditional", action=switch, default=True, help="with guidance, too (App. C); else it diverges")
+    flag("--train_unconditional", action=switch, default=True, help="the other half of guidance, too (App. C)")
     flag("--mixed_precision", choices=["no", "bf16"], default="no", help="bf16: autocast, trained weights in fp32")
     flag("--gradient_checkpointing", action=switch, default=False, help="recompute activations when needed")
     flag("--rank", type=int, default=0, help="LoRA rank; 0 trains every weight of the denoiser")
@@ -271,7 +271,7 @@ def predict(models, args, latents, level, cond):
         return noise_pred(latents, text)
     if args.train_unconditional:
         uncond, conditional = noise_pred(torch.cat([latents] * 2), torch.cat([no_text, text])).chunk(2)
-    else:  # to see what the paper warns of (App. C)
+    else:  # what the paper warns of (App. C)
         with torch.no_grad():
             uncond = noise_pred(latents, no_text)
         conditional = noise_pred(latents, text)
