@@ -109,7 +109,7 @@ def parse_args(argv=None):
     # prompts and rewards
     flag("--prompts", metavar="FILE", help="training prompts: .txt, one a line, or .jsonl with 'prompt'")
     flag("--eval_prompts", metavar="FILE", help="held-out prompts; without them nothing is evaluated")
-    flag("--reward", nargs="+", default=["hps"], metavar="NAME", help="hps clip pick aesthetic jpeg FILE.py:FUNC")
+    flag("--reward", nargs="+", default=["hps"], metavar="NAME", help="hps clip pick aesthetic jpeg vq mq ta F.py:FUNC")
     flag("--reward_weights", nargs="+", type=finite, metavar="W", help="of each reward's advantage; 1 (Algorithm 1)")
     flag("--reward_thresholds", nargs="+", type=finite, metavar="T", help="train on 1 above, else 0 (paper: hps 0.28)")
     flag("--reward_paths", nargs="+", default=[], metavar="NAME=PATH", help="of reward models; replaces the preset's")
@@ -339,7 +339,7 @@ def check_args(args):
         try:
             if len(reward_paths(args)) < len(args.reward_paths):
                 raise ValueError("one path for a name")
-            check_reward_names(names, reward_paths(args))
+            check_reward_names(names, reward_paths(args), vars(args).get("num_frames", 1))
         except ValueError as error:
             raise ValueError(f"{flag} {' '.join(words)}: {error}") from error
     if args.prompts is None:
@@ -390,9 +390,10 @@ def held_out(args):
 
 
 def read_prompts(flag, path):
-    """The prompts of a file, in order; raises ValueError where there are none."""
+    """The prompts of a file, or of a folder's .txt files, in order; raises ValueError where there are none."""
     try:
-        lines = [line.strip() for line in Path(path).read_text("utf-8-sig").split("\n") if line.strip()]
+        files = sorted(Path(path).glob("*.txt")) if Path(path).is_dir() else [Path(path)]
+        lines = [line.strip() for f in files for line in f.read_text("utf-8-sig").split("\n") if line.strip()]
         prompts = [json.loads(line)["prompt"] for line in lines] if path.endswith(".jsonl") else lines
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{flag} {path}: must be a UTF-8 file of prompts; {type(error).__name__}: {error}") from error

@@ -6,10 +6,16 @@
   pick       PickScore v1 (ViT-H/14)      short side, crop        cosine, 0.18..0.24    MIT (code)
   aesthetic  LAION head, CLIP ViT-L/14    short side, crop        1..10, mostly 4..7    Apache-2.0
   jpeg       none                         not at all              minus kilobytes
-  path/to/file.py:function                one's own f(images, prompts) -> (B,), named `function`
+  vq mq ta   VideoAlign (Qwen2-VL-2B)     to multiples of 28      z-scores, -2..2       Apache-2.0
+  path/to/file.py:function                one's own f(media, prompts) -> (B,), named `function`
 
     reward = load_rewards(["hps", "clip"], {"hps": "tiny/hps", "clip": "tiny/clip"})
     reward(images, prompts)    # {"hps": (B,), "clip": (B,)}; images (B, 3, H, W) in [0, 1]
+    reward = load_rewards(["vq", "mq", "hps:first_frame"], {"videoalign": "tiny/videoalign"})
+    reward(videos, prompts)    # {"vq": (B,), ...}; videos (B, F, 3, H, W) in [0, 1]
+
+vq, mq and ta (visual quality, motion quality, text alignment) need a video. Any other reward scores
+a video by its `:first_frame` or by the `:mean` over its frames; a video of one frame is an image.
 
 The default CLIP is licensed by Apple for research only; laion/CLIP-ViT-H-14-laion2B-s32B-b79K (MIT)
 is the free choice, at another level of scores. Group-normalised advantages do not notice the level
@@ -24,26 +30,34 @@ import hashlib
 import html
 import importlib.util
 import io
+import json
+import math
 import re
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download, snapshot_download
 from PIL import Image
-from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+from safetensors.torch import load_file
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel, Qwen2VLConfig, Qwen2VLModel
 
-# B images = prompts    H, W pixels    D joint embedding of a CLIP
+# B images = prompts    F frames of a video    H, W pixels    D joint embedding of a CLIP
 
 DFN = "apple/DFN5B-CLIP-ViT-H-14-378"
 LAION = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+VIDEOALIGN = "KlingTeam/VideoReward"
 COMMITS = {
     DFN: "01b771ed0d1395ca5ffdd279897d665ebe00dfd2",
     LAION: "1c2b8495b28150b8a4922ee1c8edee224c284c0c",
     "yuvalkirstain/PickScore_v1": "a4e4367c6dfa7288a00c550414478f865b875800",
     "openai/clip-vit-large-patch14": "32bd64288804d66eefd0ccbe215aa642df71cc41",
+    VIDEOALIGN: "b8e421fe21aec3dde5f61fdd1dc44e1d603b9727",
 }
+WEIGHTS = {DFN: "pytorch_model.bin", VIDEOALIGN: "*/model.pth"}  # of others: model.safetensors
 HPS_FILE = ("xswu/HPSv2", "HPS_v2.1_compressed.pt")
 HPS_COMMIT = "697403c78157020a1ae59d23f111aa58ced35b0a"
 HPS_SHA256 = "c57a38fb4a2f7e7c15bf00da2ea377cdf165448b4dd1052a484c215a998c9837"
@@ -53,6 +67,12 @@ AESTHETIC_URL = (
     "6934dd81792f086e613a121dbce43082cb8be85e/sac%2Blogos%2Bava1-l14-linearMSE.pth"
 )
 AESTHETIC_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
+VIDEOALIGN_SHA256 = "48375908e6112de9f0248402db156a23b480709a6960b091c598c6f4c88d21b9"
+TEMPLATE_FILE = "prompt_template.py"
+TEMPLATE_URL = (
+    "https://raw.githubusercontent.com/KwaiVGI/VideoAlign/219ab9db64c045e5181a2202d11f686439351292/prompt_template.py"
+)
+TEMPLATE_SHA256 = "fdb6309bac618dd0c8b1b589d3a0970a974f7856eecbb355a190b2dce54af700"
 
 # HPS ships bare weights; this is its architecture. The activation is the exact gelu: CLIPConfig's
 # default is quick_gelu, which loads without a complaint and gives other scores.
@@ -67,6 +87,16 @@ VIT_H_14 = {
         "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
         "num_attention_heads": 16, "image_size": 224, "patch_size": 14, "hidden_act": "gelu",
     },
+}  # fmt: skip
+
+# VideoAlign's own file holds no architecture either: Qwen2-VL-2B with three more words.
+QWEN2_VL_2B = {
+    "text_config": {
+        "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
+        "num_key_value_heads": 2, "vocab_size": 151660, "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    },
+    "vision_config": {"depth": 32, "embed_dim": 1280, "num_heads": 16, "hidden_size": 1536},
 }  # fmt: skip
 
 
@@ -118,6 +148,44 @@ def centre_crop(images, size):
     height, width = int(size * height / short), int(size * width / short)
     top, left = (height - size) // 2, (width - size) // 2
     return quantise(resize(images, height, width))[..., top : top + size, left : left + size]
+
+
+# ---- Videos: which frames, which size, pairs of patches ------------------------------------------
+def frame_indices(total, file_fps, fps):
+    """The frames that VideoAlign looks at: `fps` a second and evenly spread, an even number from 4 to 768.
+
+    A second is `file_fps` frames, and that is what decides: of 53 frames it sees 14 if they are taken for
+    8 a second, as the paper does to show it more of the motion, and 4 if they are taken for 24.
+    """
+    if total < 2:
+        raise ValueError("VideoAlign reads pairs of frames: it needs videos of 2 frames or more")
+    most = min(768, total) // 2 * 2
+    n = round(min(max(total / file_fps * fps, 4), most) / 2) * 2
+    return torch.linspace(0, total - 1, n).round().long()
+
+
+def smart_resize(height, width, factor, min_pixels, max_pixels):
+    """(height, width) in multiples of `factor`, in proportion as far as the range of pixels allows."""
+    h, w = (round(side / factor) * factor for side in (height, width))
+    if h * w > max_pixels:
+        scale = math.sqrt(height * width / max_pixels)
+        h, w = (max(factor, math.floor(side / scale / factor) * factor) for side in (height, width))
+    elif h * w < min_pixels:
+        scale = math.sqrt(min_pixels / (height * width))
+        h, w = (math.ceil(side * scale / factor) * factor for side in (height, width))
+    return h, w
+
+
+def patchify(videos, patch, merge):
+    """(b, F, 3, H, W) -> rows (b · F/2 · H/patch · W/patch, 3 · 2 · patch²), [[F/2, H/patch, W/patch]] * b.
+
+    A row is one place in two consecutive frames; merge x merge places, one token later, are adjacent rows.
+    """
+    b, frames, _, height, width = videos.shape
+    h, w = height // patch, width // patch
+    cells = videos.view(b, frames // 2, 2, 3, h // merge, merge, patch, w // merge, merge, patch)
+    rows = cells.permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9).reshape(-1, 6 * patch**2)
+    return rows, torch.tensor([[frames // 2, h, w]] * b)
 
 
 # ---- Rewards -------------------------------------------------------------------------------------
@@ -195,40 +263,116 @@ def jpeg(images, prompts):
     return {"jpeg": -torch.tensor(kilobytes)}
 
 
-class Rewards:
-    """The rewards of a run, called as one: (images, prompts) -> {name: float32 (B,)}, in order.
+REWARD_TOKENS = {"vq": "<|VQ_reward|>", "mq": "<|MQ_reward|>", "ta": "<|TA_reward|>"}
+QUESTION = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>{}<|vision_end|>"
+)
 
-    images (B, 3, H, W) in [0, 1] on any device, where the scores will be too; prompts: B strings.
-    All rewards see the image as a PNG would hold it. Raises RuntimeError with the name of a reward
-    that raises, returns another shape than (B,), or a value that is not finite.
+
+class VideoAlignReward:
+    """{name: z-score}, float32 (B,), for the `names` among vq, mq and ta (arXiv:2501.13918).
+
+    A language model reads the video, a rubric and <|VQ_reward|>, a rubric and <|MQ_reward|>, a rubric, the
+    caption and <|TA_reward|>; one linear head scores what it makes of each of the three. Attention is
+    causal: vq and mq cannot know the caption, and nothing behind the last token asked for is fed at all.
+    """
+
+    def __init__(self, names, model, head, tokenizer, template, config, file_fps=8.0, chunk_size=8):
+        self.names = [name for name in REWARD_TOKENS if name in names]
+        self.model, self.head, self.tokenizer, self.data = model, head, tokenizer, config["data_config"]
+        self.file_fps, self.chunk_size = file_fps, chunk_size
+        tokens = [REWARD_TOKENS[name] for name in self.names]
+        self.template = template[: template.index(tokens[-1]) + len(tokens[-1])]
+        self.token_ids = [tokenizer.get_vocab()[token] for token in tokens]
+        norms = [[config["inference_config"][f"{n.upper()}_{k}"] for n in self.names] for k in ("mean", "std")]
+        self.mean, self.std = torch.tensor(norms, device=head.device)
+
+    @torch.no_grad()
+    def __call__(self, videos, prompts):
+        total, n = videos.shape[1] if videos.ndim == 5 else 1, self.chunk_size
+        frames = videos[:, frame_indices(total, self.file_fps, self.data["fps"])]
+        parts = [self.score(frames[i : i + n], prompts[i : i + n]) for i in range(0, len(prompts), n)]
+        return dict(zip(self.names, torch.cat(parts).T, strict=True))
+
+    def score(self, frames, prompts):
+        """The frames to look at (b, F, 3, H, W), b strings -> (b, names)."""
+        device, vision = self.model.device, self.model.config.vision_config
+        patch, merge, (b, total) = vision.patch_size, vision.spatial_merge_size, frames.shape[:2]
+        limits = self.data.get("min_frame_pixels", 128 * 28**2), self.data["max_frame_pixels"]
+        height, width = smart_resize(*frames.shape[-2:], patch * merge, *limits)
+        images = quantise(resize(frames.flatten(0, 1).to(device), height, width))
+        images = (images - CLIP_MEAN.to(images)) / CLIP_STD.to(images)
+        patches, grid = patchify(images.view(b, total, 3, height, width), patch, merge)
+        text = QUESTION.format("<|video_pad|>" * (len(patches) // b // merge**2)) + self.template
+        # A reward token that stands in a caption is taken apart: one too many.
+        texts = [text.replace("{text_prompt}", prompt.replace("<|", "< |")) for prompt in prompts]
+        rows = self.tokenizer(texts, add_special_tokens=False).input_ids
+        # No attention mask, as for CLIP: padding follows everything that is read.
+        ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
+        hidden = self.model(
+            input_ids=ids, pixel_values_videos=patches, video_grid_thw=grid.to(device), use_cache=False,
+            # VideoAlign was trained on tokens counted one by one. Left alone, Qwen2-VL would count
+            # those of the video in time, height and width (M-RoPE; with all three equal it is RoPE).
+            position_ids=torch.arange(ids.shape[1], device=device).expand(3, *ids.shape),
+        ).last_hidden_state  # fmt: skip
+        found = torch.stack([ids == token for token in self.token_ids], 1)  # (b, names, tokens)
+        if not (found.sum(-1) == 1).all():
+            raise ValueError("VideoAlign's template must hold each reward token once")
+        # The head in float32: bfloat16 has steps of 0.02 near 3, where the scores are.
+        hidden = hidden[torch.arange(b, device=device)[:, None], found.int().argmax(-1)].float()
+        return (hidden @ self.head[0] - self.mean) / self.std
+
+
+def over_frames(reward, name, over, label):
+    """The reward `name` of images as one of videos, {label: (B,)}: of the first frame, or the mean of all."""
+
+    def score(media, prompts):
+        videos = media.view(len(prompts), -1, *media.shape[-3:])[:, : 1 if over == "first_frame" else None]
+        repeated = [prompt for prompt in prompts for _ in range(videos.shape[1])]
+        scores = torch.as_tensor(reward(videos.flatten(0, 1), repeated)[name], dtype=torch.float32)
+        return {label: scores.view(videos.shape[:2]).mean(1)}
+
+    return score
+
+
+class Rewards:
+    """The rewards of a run, called as one: (media, prompts) -> {name: float32 (B,)}, in order.
+
+    media: images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1] on any device, where the scores will
+    be too; prompts: B strings. All rewards see images as a PNG would hold them. Raises RuntimeError with
+    the name of a reward that raises, returns another shape than (B,), or a value that is not finite.
     """
 
     def __init__(self, rewards):
         self.rewards, self.names = rewards, list(rewards)
 
     @torch.no_grad()
-    def __call__(self, images, prompts):
-        if images.ndim != 4 or images.shape[1] != 3 or len(images) != len(prompts):
+    def __call__(self, media, prompts):
+        if media.ndim not in (4, 5) or media.shape[-3] != 3 or len(media) != len(prompts):
             raise ValueError(
-                f"rewards need images (B, 3, H, W) and B prompts, "
-                f"got {tuple(images.shape)} and {len(prompts)} prompts"
+                f"rewards need images (B, 3, H, W) or videos (B, F, 3, H, W) and B prompts, "
+                f"got {tuple(media.shape)} and {len(prompts)} prompts"
             )
-        if not images.isfinite().all():  # jpeg would give a NaN a size
+        if not media.isfinite().all():  # jpeg would give a NaN a size
             raise ValueError("rewards need finite images")
-        images, scores = quantise(images), {}
+        if media.ndim == 5 and media.shape[1] == 1:
+            media = media[:, 0]
+        media, scores, outputs = quantise(media), {}, {}
         for name, reward in self.rewards.items():
             try:
-                score = reward(images, prompts)[name]
-                score = torch.as_tensor(score, dtype=torch.float32, device=images.device)
+                if media.ndim == 5 and (reward is jpeg or isinstance(reward, ClipReward)):
+                    raise ValueError(f"it scores images; for videos {name}:first_frame or {name}:mean")
+                if reward not in outputs:  # one object may give several scores at once
+                    outputs[reward] = reward(media, prompts)
+                score = outputs[reward][name]
+                score = torch.as_tensor(score, dtype=torch.float32, device=media.device)
             except Exception as error:
                 raise RuntimeError(f"reward '{name}' failed: {error}") from error
             if score.shape != (len(prompts),):
-                raise RuntimeError(
-                    f"reward '{name}' returned shape {tuple(score.shape)} for {len(prompts)} images"
-                )
+                raise RuntimeError(f"reward '{name}' returned shape {tuple(score.shape)} for {len(prompts)} samples")
             if not score.isfinite().all():
                 i = int(score.isfinite().logical_not().nonzero()[0])
-                raise RuntimeError(f"reward '{name}' is {score[i]} for image {i}: {prompts[i]!r}")
+                raise RuntimeError(f"reward '{name}' is {score[i]} for sample {i}: {prompts[i]!r}")
             scores[name] = score
         return scores
 
@@ -259,18 +403,29 @@ def fetch(source, weights=True):
     repository, _, commit = source.partition("@")
     files = ["*.json", "*.txt"]
     if weights:
-        files += ["pytorch_model.bin" if repository == DFN else "model.safetensors"]
+        files += [WEIGHTS.get(repository, "model.safetensors")]
     commit = commit or COMMITS[repository]
     return snapshot_download(repository, revision=commit, allow_patterns=files)
 
 
-def load_clip_model(folder, device, dtype, **given):
-    """CLIPModel.from_pretrained, where a missing or superfluous weight is an error."""
+def find_file(folder, name, url):
+    """The path of a small file that belongs to a model: in its folder, else in torch's cache, from `url`."""
+    file = Path(folder, name)
+    if not file.exists():
+        file = Path(torch.hub.get_dir(), "checkpoints", name)
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(file))
+    return file
+
+
+def load_strictly(kind, folder, device, dtype, **given):
+    """kind.from_pretrained, where a missing or superfluous weight is an error."""
     given |= {"dtype": dtype, "output_loading_info": True}
-    model, report = CLIPModel.from_pretrained(folder, **given)
+    model, report = kind.from_pretrained(folder, **given)
     wrong = sorted({*report["missing_keys"], *report["unexpected_keys"]})
     if wrong:
-        raise ValueError(f"{folder or 'state dict'}: not a CLIPModel, see {', '.join(wrong[:3])}")
+        raise ValueError(f"{folder or 'state dict'}: not a {kind.__name__}, see {', '.join(wrong[:3])}")
     return model.to(device)
 
 
@@ -339,6 +494,34 @@ def fold_linears(state):
     return weight[0].float(), bias[0].float()
 
 
+def videoalign_to_transformers(state, scale):
+    """State dict of VideoAlign -> that of Qwen2VLModel, and the head (1, D) in float32.
+
+    Theirs is of a model inside peft's: base weights W and, beside them, two factors of LoRA each; here
+    W + scale · B A stands in their place. The language model's own head is not used.
+    """
+    state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
+    head = state.pop("rm_head.weight").float()
+    state.pop("lm_head.weight", None)
+    for key in [key for key in state if key.endswith(".base_layer.weight")]:
+        a, b = (state.pop(key.replace("base_layer", f"lora_{x}.default")).float() for x in "AB")
+        state[key] = (state[key].float() + scale * b @ a).to(state[key])
+    names = [re.sub("^model", "language_model", key.replace(".base_layer.", ".")) for key in state]
+    return dict(zip(names, state.values(), strict=True)), head
+
+
+def read_template(path, sha256):
+    """VideoAlign's rubrics: a string constant of its prompt_template.py, which is parsed and never run."""
+    for node in ast.parse(Path(path).read_text(encoding="utf-8")).body:
+        if ast.unparse(node).startswith("DETAILED_PROMPT_WITH_SPECIAL_TOKEN = "):
+            template = ast.literal_eval(node.value)
+            found = hashlib.sha256(template.encode()).hexdigest()
+            if found != sha256:
+                raise ValueError(f"{path}: expected a template of sha256 {sha256}, got {found}")
+            return template
+    raise ValueError(f"{path}: no DETAILED_PROMPT_WITH_SPECIAL_TOKEN in it")
+
+
 # ---- The registry --------------------------------------------------------------------------------
 # Loaders: (path or None for the original, device, dtype, chunk_size) -> reward. A path is a folder
 # with a CLIPModel and its tokenizer, or a repository (see `fetch`). The fit belongs to the reward's
@@ -354,14 +537,14 @@ def load_hps(path, device, dtype, chunk_size):
     file = path or hf_hub_download(*HPS_FILE, revision=HPS_COMMIT)
     state = open_clip_to_transformers(load_pickle(file, HPS_SHA256)["state_dict"])
     config = CLIPConfig(**VIT_H_14)
-    model = load_clip_model(None, device, dtype, config=config, state_dict=state)
+    model = load_strictly(CLIPModel, None, device, dtype, config=config, state_dict=state)
     tokenizer = AutoTokenizer.from_pretrained(fetch(LAION, weights=False))
     return ClipReward("hps", model, tokenizer, letterbox, chunk_size)
 
 
 def load_clip(name, path, fit, device, dtype, chunk_size):
     folder = fetch(path)
-    model = load_clip_model(folder, device, dtype)
+    model = load_strictly(CLIPModel, folder, device, dtype)
     return ClipReward(name, model, AutoTokenizer.from_pretrained(folder), fit, chunk_size)
 
 
@@ -378,18 +561,41 @@ def load_pick(path, *how):
 def load_aesthetic(path, device, dtype, chunk_size):
     """LAION's improved aesthetic predictor on OpenAI's CLIP; `path` may hold the head too."""
     folder = fetch(path or "openai/clip-vit-large-patch14")
-    head = Path(folder, AESTHETIC_FILE)
-    if not head.exists():
-        head = Path(torch.hub.get_dir(), "checkpoints", AESTHETIC_FILE)
-    if not head.exists():
-        head.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(AESTHETIC_URL, str(head))
-    state = load_pickle(head, AESTHETIC_SHA256)
-    return AestheticReward(load_clip_model(folder, device, dtype), state, chunk_size)
+    state = load_pickle(find_file(folder, AESTHETIC_FILE, AESTHETIC_URL), AESTHETIC_SHA256)
+    return AestheticReward(load_strictly(CLIPModel, folder, device, dtype), state, chunk_size)
+
+
+# Kept, for trained and only watched rewards are two calls of load_rewards: 4.4 GB each in bfloat16.
+@lru_cache(maxsize=1)
+def load_videoalign(path, device, dtype):
+    """VideoAlign's VideoReward: what `VideoAlignReward` takes after the names.
+
+    A folder, laid out as theirs: model_config.json and checkpoint-*/ with tokenizer/ and model.pth or
+    .safetensors; prompt_template.py too, or the authors' is downloaded. Another model's model_config.json
+    also has its `architecture` and `template_sha256`.
+    """
+    dtype = torch.bfloat16 if dtype == torch.float16 else dtype  # as it was trained: the range is wider
+    folder = Path(fetch(path or VIDEOALIGN))
+    config = json.loads((folder / "model_config.json").read_text())
+    checkpoint = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    file, lora = checkpoint / "model.safetensors", config["peft_lora_config"]
+    state = load_file(file) if file.exists() else load_pickle(checkpoint / "model.pth", VIDEOALIGN_SHA256)
+    state, head = videoalign_to_transformers(state, lora["lora_alpha"] / lora["lora_r"])
+    architecture = Qwen2VLConfig(**config.get("architecture", QWEN2_VL_2B))
+    model = load_strictly(Qwen2VLModel, None, device, dtype, config=architecture, state_dict=state)
+    # It was trained with rotary frequencies rounded to bfloat16: up to 2 rad at position 2000.
+    # from_pretrained leaves them in float32, whatever the dtype.
+    for rope in (model.language_model.rotary_emb, model.visual.rotary_pos_emb):
+        rope.inv_freq = rope.inv_freq.bfloat16().float()
+    template = find_file(folder, TEMPLATE_FILE, TEMPLATE_URL)
+    template = read_template(template, config.get("template_sha256", TEMPLATE_SHA256))
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint / "tokenizer")
+    return model.eval().requires_grad_(False), head.to(device), tokenizer, template, config
 
 
 MODELS = {"hps": load_hps, "clip": load_dfn, "pick": load_pick, "aesthetic": load_aesthetic}
-ACCEPTED = f"{', '.join(MODELS)}, jpeg or path/to/file.py:function"
+IMAGE_REWARDS, PATHS = (*MODELS, "jpeg"), (*MODELS, "videoalign")
+ACCEPTED = f"{', '.join((*IMAGE_REWARDS, *REWARD_TOKENS))} or path/to/file.py:function"
 
 
 def load_custom(name):
@@ -402,19 +608,32 @@ def load_custom(name):
     return lambda images, prompts: {function: score(images, prompts)}
 
 
-def check_reward_names(names, paths=None):
+def split_name(name):
+    """hps:mean -> hps, mean; a name that does not say how to read a video -> itself and an empty string."""
+    base, _, over = name.rpartition(":")
+    return (base, over) if over in ("first_frame", "mean") and not base.endswith(".py") else (name, "")
+
+
+def check_reward_names(names, paths=None, num_frames=None):
     """What `load_rewards` would refuse, found before anything is loaded, downloaded or executed.
 
-    names: as for --reward. paths: {name of a model: folder, file or repository}. Returns the names
-    the scores will have. Raises ValueError for an unknown or a double name, for a file that is not
-    there, is not Python or has no such function (it is parsed, not run), and for a path that leads
-    nowhere.
+    names: as for --reward. paths: {name of a model: folder, file or repository}. num_frames: of what
+    will be scored, 1 for images, if it is known. Returns the names the scores will have. Raises
+    ValueError for an unknown or a double name, for a file that is not there, is not Python or has no
+    such function (it is parsed, not run), for a path that leads nowhere, and for an image reward of a
+    video or a video reward of an image.
     """
     labels = []
     for name in names:
-        path, colon, function = name.rpartition(":")
-        labels.append(function)
-        if name in MODELS or name == "jpeg":
+        base, over = split_name(name)
+        path, colon, function = base.rpartition(":")
+        labels.append(function + name.removeprefix(base))
+        if path in IMAGE_REWARDS or name in IMAGE_REWARDS and (num_frames or 1) > 1:
+            image_reward = path or base
+            raise ValueError(f"reward '{name}': of videos, {image_reward}:first_frame or {image_reward}:mean")
+        if base in REWARD_TOKENS and (over or num_frames == 1):
+            raise ValueError(f"reward '{name}': {base} scores whole videos, of 2 frames or more")
+        if base in IMAGE_REWARDS or base in REWARD_TOKENS:
             continue
         if not colon:
             raise ValueError(f"unknown reward '{name}': choose from {ACCEPTED}")
@@ -431,28 +650,37 @@ def check_reward_names(names, paths=None):
     if len(set(labels)) < len(labels):
         raise ValueError(f"two rewards of one name: {', '.join(labels)}")
     for name, path in (paths or {}).items():
-        if name not in MODELS:
-            raise ValueError(f"path for '{name}': only {', '.join(MODELS)} take one")
+        if name not in PATHS:
+            raise ValueError(f"path for '{name}': only {', '.join(PATHS)} take one")
         pinned = path in COMMITS or re.fullmatch(r"[\w.-]+/[\w.-]+@\w+", path)
         if not pinned and not (path and Path(path).exists()):
             raise ValueError(f"path for '{name}': {path} is not a path, nor owner/name@commit")
+        parts = ("model_config.json", "checkpoint-*/model.*", "checkpoint-*/tokenizer") if name == "videoalign" else ()
+        for part in parts:
+            if not pinned and not [*Path(path).glob(part)]:
+                raise ValueError(f"path for '{name}': {path} is not laid out as VideoAlign, it has no {part}")
     return labels
 
 
-def load_rewards(names, paths=None, device="cpu", dtype=None, chunk_size=8):
+def load_rewards(names, paths=None, device="cpu", dtype=None, chunk_size=8, file_fps=8.0):
     """Names as for --reward -> a `Rewards` with frozen models that see `chunk_size` rows at a time.
 
     paths: {name: where to load that model from instead of the original}, for these names or others.
-    dtype: float16 on CUDA (as the authors' autocast), else float32. Raises what
-    `check_reward_names` does, and ValueError for a file that is not the pinned one.
+    dtype: float16 on CUDA (as the authors' autocast; VideoAlign bfloat16), else float32. file_fps: the
+    frames a second that VideoAlign takes a video to have. Raises what `check_reward_names` does, and
+    ValueError for a file that is not the pinned one.
     """
-    labels = check_reward_names(names, paths)
+    labels, paths = check_reward_names(names, paths), paths or {}
     if dtype is None:
         dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
-    rewards = {}
+    rewards, loaded = {}, {"jpeg": jpeg}
     for label, name in zip(labels, names, strict=True):
-        if name in MODELS:
-            rewards[label] = MODELS[name]((paths or {}).get(name), device, dtype, chunk_size)
-        else:
-            rewards[label] = jpeg if name == "jpeg" else load_custom(name)
+        base, over = split_name(name)
+        if base in REWARD_TOKENS and base not in loaded:  # one for all three
+            parts = load_videoalign(paths.get("videoalign"), device, dtype)
+            loaded |= dict.fromkeys(REWARD_TOKENS, VideoAlignReward(names, *parts, file_fps, chunk_size))
+        elif base in MODELS and base not in loaded:
+            loaded[base] = MODELS[base](paths.get(base), device, dtype, chunk_size)
+        reward = loaded[base] if base in loaded else load_custom(base)
+        rewards[label] = over_frames(reward, base.rpartition(":")[2], over, label) if over else reward
     return Rewards(rewards)

@@ -652,14 +652,12 @@ def test_names_are_checked_before_anything_is_loaded(own, tmp_path):
                 check(names, paths)
             assert "\n" not in str(error.value)
 
-    refused(
-        "unknown reward 'hsp': choose from hps, clip, pick, aesthetic, jpeg or", ["clip", "hsp"]
-    )
+    refused("unknown reward 'hsp': choose from hps, clip, pick, aesthetic, jpeg, vq, mq, ta or", ["clip", "hsp"])
     refused("there is no file nowhere.py", ["nowhere.py:f"])
     refused("two rewards of one name: jpeg, jpeg", ["jpeg", "jpeg"])
     (tmp_path / "other.py").write_text("def as_list(images, prompts): ...")
     refused("two rewards of one name", [f"{own}:as_list", f"{tmp_path}/other.py:as_list"])
-    refused("path for 'jpeg': only hps, clip, pick, aesthetic take one", ["jpeg"], {"jpeg": own})
+    refused("path for 'jpeg': only hps, clip, pick, aesthetic, videoalign take", ["jpeg"], {"jpeg": own})
     for nowhere in ("tiny/nowhere", "someone/clip", str(tmp_path / "gone")):
         refused(f"path for 'clip': {nowhere} is not a path", ["clip"], {"clip": nowhere})
     assert not (tmp_path / "ran").exists()
@@ -672,10 +670,10 @@ def test_names_are_checked_before_anything_is_loaded(own, tmp_path):
     "function, message",
     [
         ("raises", "reward 'raises' failed: 'no such colour'"),
-        ("nan", "reward 'nan' is nan for image 4: 'blue on white'"),
-        ("infinite", "reward 'infinite' is inf for image 0"),
-        ("short", r"reward 'short' returned shape \(1,\) for 5 images"),
-        ("matrix", r"reward 'matrix' returned shape \(5, 1\) for 5 images"),
+        ("nan", "reward 'nan' is nan for sample 4: 'blue on white'"),
+        ("infinite", "reward 'infinite' is inf for sample 0"),
+        ("short", r"reward 'short' returned shape \(1,\) for 5 samples"),
+        ("matrix", r"reward 'matrix' returned shape \(5, 1\) for 5 samples"),
     ],
 )
 def test_a_reward_that_fails_stops_the_run_with_its_name(own, function, message):

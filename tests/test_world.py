@@ -2,6 +2,7 @@
 
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,17 @@ def test_caption_and_scene_are_inverse_for_every_scene():
     assert [world.parse(s.caption) for s in scenes] == scenes
     assert len({s.caption for s in scenes}) == len(scenes) == 6 * 4 * 3 + 24 * 23 * 2 * 3
 
+    moving = world.moving_scenes()
+    assert [world.parse(s.caption) for s in moving] == moving
+    assert len({s.caption for s in moving}) == len(moving) == 6 * 4 * 3 * 4
+    assert moving[1].caption == "a red circle moving right on white"
 
-@pytest.mark.parametrize("sentence", ["", "a red dog on white", "a red circle on white.", "A red circle on white"])
+
+@pytest.mark.parametrize(
+    "sentence",
+    ["", "a red dog on white", "a red circle on white.", "A red circle on white", "a red circle moving on white",
+     "a red circle moving left of a blue ring on white", "a red circle above a blue ring moving up on white"],
+)  # fmt: skip
 def test_another_sentence_is_refused(sentence):
     with pytest.raises(ValueError, match="not a caption"):
         world.parse(sentence)
@@ -47,6 +57,8 @@ def changed(a, b):
     """Which word differs between two scenes."""
     if a.background != b.background:
         return "background"
+    if a.motion != b.motion:
+        return "motion"
     if a.relation and a.objects[::-1] == b.objects:
         return "places"
     return "colour" if any(x[0] != y[0] for x, y in zip(a.objects, b.objects)) else "shape"
@@ -99,8 +111,151 @@ def test_a_sample_depends_on_its_seed_alone():
 
 
 def test_prompts_are_of_this_world_and_held_out_ones_are_not_among_them():
-    files = {name: (TINY / f"{name}.txt").read_text().splitlines() for name in ("prompts", "prompts_heldout")}
+    def read(names):
+        return {name: (TINY / f"{name}.txt").read_text().splitlines() for name in names}
+
+    video = read(["prompts_video", "prompts_video_heldout"])
+    assert [len(set(lines)) for lines in video.values()] == [240, 48]
+    assert {world.parse(line) for line in sum(video.values(), [])} == set(world.moving_scenes())
+    files = read(["prompts", "prompts_heldout"])
     assert [len(set(lines)) for lines in files.values()] == [96, 48]
     assert not set(files["prompts"]) & set(files["prompts_heldout"])
     for lines in files.values():
         assert sum(bool(world.parse(line).relation) for line in lines) == len(lines) / 2
+
+
+# ---- drawings that move --------------------------------------------------------------------------------------------
+MEASURES = ("video_correct", "moves_right_way", "constant", "sharp", "well_drawn", "smooth")
+STILL = world.Motion(((0.0, 0.0),) * world.FRAMES, (0.0,) * world.FRAMES)
+
+
+def measure(videos, captions):
+    return {name: getattr(world, name)(videos, captions) for name in MEASURES}
+
+
+def draw_video(caption, motion=None, **make):
+    """One well-made video, or one of another motion or make."""
+    scene, generator = world.parse(caption), torch.Generator().manual_seed(0)
+    motion = motion or world.random_motion(random.Random(0), scene.motion, well_made_share=1.0)
+    return world.draw_video(scene, world.Make(**make), motion, generator)
+
+
+@pytest.fixture(scope="module")
+def films():
+    scenes, makes, motions, videos = world.sample_videos(7, 80, well_made_share=0.5)
+    seen = measure(videos, [s.caption for s in scenes])
+    made, moved = (torch.tensor([not m.defects for m in kind]) for kind in (makes, motions))
+    return scenes, makes, motions, videos, seen, made, moved
+
+
+def test_moving_ground_truth_is_judged_right(films):
+    _, _, _, _, seen, made, moved = films
+    for name in ("video_correct", "moves_right_way", "constant"):
+        assert seen[name][made & moved].min() == 1 and seen[name].mean() >= 0.93, name
+    assert seen["smooth"][moved].min() == 1 and seen["smooth"][~moved].max() < 0.8
+    assert seen["well_drawn"][made & moved].min() == 1 and seen["well_drawn"][~made].mean() < 0.05
+
+
+def test_the_two_makes_are_judged_apart(films):
+    """How it is drawn says nothing of how it moves; how it moves, of the drawing, only where the paint flickers."""
+    _, makes, motions, _, seen, made, moved = films
+    assert seen["smooth"][moved & ~made].min() == 1
+    blurred, flickering = (torch.tensor([d in m.defects for m in kind])
+                           for d, kind in (("blurred", makes), ("flickering", motions)))  # fmt: skip
+    assert seen["sharp"][~blurred].mean() >= 0.95 and seen["sharp"][blurred].mean() <= 0.05
+    assert seen["well_drawn"][made & ~flickering].min() == 1
+
+
+def test_one_word_off_is_judged_wrong_for_a_video(films):
+    scenes, _, _, videos, _, _, _ = films
+    rng = random.Random(0)
+    wrong = [world.change_one_word(s, rng) for s in scenes]
+    assert {changed(*pair) for pair in zip(scenes, wrong)} == {"background", "motion", "colour", "shape"}
+    assert world.video_correct(videos, [s.caption for s in wrong]).max() == 0
+
+
+@pytest.mark.parametrize("defect", world.MOTION_DEFECTS)
+def test_each_motion_defect_is_caught_and_leaves_the_rest(defect):
+    rng, generator = random.Random(1), torch.Generator().manual_seed(1)
+    scenes = rng.choices(world.moving_scenes(), k=200)
+    pairs = [(s, world.random_motion(rng, s.motion, well_made_share=0)) for s in scenes]
+    pairs = [(s, m) for s, m in pairs if m.defects == (defect,)][:12]
+    videos = torch.stack([world.draw_video(s, world.Make(), m, generator) for s, m in pairs])
+    seen = measure(videos, [s.caption for s, _ in pairs])
+    assert seen["smooth"].max() < 0.8
+    assert min(float(seen[k].mean()) for k in ("video_correct", "moves_right_way", "constant", "sharp")) >= 0.9
+
+
+@pytest.mark.parametrize("direction", world.DIRECTIONS)
+def test_backwards_and_mirrored_are_other_directions(direction):
+    opposite = {"left": "right", "right": "left", "up": "down", "down": "up"}
+    captions = {d: f"a green square moving {d} on grey" for d in world.DIRECTIONS}
+    video = draw_video(captions[direction])
+    mirrored = video.flip(-1 if direction in ("left", "right") else -2)
+    videos, others = torch.stack([video, video.flip(0), mirrored]), [d for d in world.DIRECTIONS if d != direction]
+    true = [direction, opposite[direction], opposite[direction]]
+    assert world.video_correct(videos, [captions[d] for d in true]).tolist() == [1, 1, 1]
+    assert world.smooth(videos, [captions[d] for d in true]).tolist() == [1, 1, 1]
+    for other in others:
+        assert world.moves_right_way(video[None], [captions[other]]).item() == 0
+
+
+def test_standing_still_is_smooth_and_wrong():
+    caption = "a blue ring moving up on black"
+    video = draw_video(caption, STILL)[None]
+    seen = measure(video, [caption])
+    assert (seen["smooth"], seen["constant"], seen["moves_right_way"], seen["video_correct"]) == (1, 1, 0, 0)
+    assert world.video_correct(video, ["a blue ring on black"]) == 1  # a caption that names no direction asks for this
+
+
+def test_an_object_that_changes_or_disappears_is_caught():
+    caption, other = "a blue ring moving right on white", "a blue square moving right on white"
+    ring, square = draw_video(caption), draw_video(other)
+    turned, gone = torch.cat([ring[:5], square[5:]]), torch.cat([ring[:6], torch.ones(3, 3, 64, 64)])
+    doubled = torch.minimum(ring, ring.flip(0).roll(20, -2))
+    videos = torch.stack([ring, turned, gone, doubled])
+    constant = world.constant(videos, [caption] * 4)
+    assert constant[0] == 1 and constant[1:].max() < 0.7
+    assert world.video_correct(videos, [caption] * 4).tolist() == [1, 0, 0, 0]
+    assert world.smooth(videos, [caption] * 4)[2] < 0.8
+
+
+def test_a_video_begins_as_the_image_of_its_caption_and_its_speckles_stand_still():
+    rng = random.Random(5)
+    for scene in rng.choices(world.moving_scenes(), k=8):
+        make = replace(world.random_moving_make(rng, scene.motion), speckles=0.08)
+        motion = world.random_motion(rng, scene.motion)
+        video = world.draw_video(scene, make, motion, torch.Generator().manual_seed(3))
+        image = world.draw(replace(scene, motion=""), make, torch.Generator().manual_seed(3))
+        assert torch.equal(video[0], image)
+        corner = video[:, :, :4, :4] if motion.path[-1][1] >= 0 else video[:, :, -4:, :4]
+        assert torch.equal(corner, corner[:1].expand_as(corner))
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5, 17])
+def test_other_lengths(frames):
+    scenes, _, _, videos = world.sample_videos(2, 2, frames, well_made_share=1.0)
+    seen = measure(videos, [s.caption for s in scenes])
+    assert videos.shape == (2, frames, 3, 64, 64)
+    assert seen["sharp"].min() == seen["constant"].min() == 1
+    assert seen["moves_right_way"].min() == (frames > 1) and seen["smooth"].min() == (frames > 2)
+
+
+def test_the_judge_finds_nothing_in_blank_videos_and_noise():
+    noise = torch.rand(9, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    videos = torch.stack([torch.ones_like(noise), noise])
+    for name, values in measure(videos, ["a red circle moving up on white"] * 2).items():
+        assert values.max() < 0.2, name
+
+
+def test_a_measure_sees_a_change_in_place():
+    caption = "a red circle moving right on white"
+    videos = draw_video(caption)[None]
+    assert world.video_correct(videos, [caption]) == 1
+    videos[:] = videos.flip(1).clone()
+    assert world.video_correct(videos, [caption]) == 0
+
+
+def test_a_sample_of_videos_depends_on_its_seed_alone():
+    first, again, other = world.sample_videos(3, 4), world.sample_videos(3, 4), world.sample_videos(4, 4)
+    assert first[:3] == again[:3] and torch.equal(first[3], again[3]) and not torch.equal(first[3], other[3])

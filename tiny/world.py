@@ -1,18 +1,23 @@
 """The world of the tiny models: captioned drawings of coloured shapes, and a judge that reads them from pixels.
 
     a red circle on white                       a blue square left of a green ring on black
+    a red circle moving right on white          a drawing that moves: it starts as the first of these
 
 A `Scene` is what the caption says. A `Make` is what it does not say: how well the scene is drawn. A well-made drawing
-is crisp, saturated, centred, well sized and clean; a poor one has one to three of the five defects. `draw` turns both
-into an image, and `judge` recovers both from the pixels alone, so it can tell a reward that is being taught from one
-that is being fooled. No model is involved in either direction.
+is crisp, saturated, centred, well sized and clean; a poor one has one to three of the five defects. A `Motion` is how
+well it moves: at a constant speed, or jittering, flickering or teleporting. `draw` and `draw_video` turn them into
+pixels, and `judge` and `judge_video` recover them from the pixels alone, so they can tell a reward that is being taught
+from one that is being fooled. No model is involved in either direction.
 
-`correct` and `well_made` have the signature of a reward, so a training script can log them at every evaluation:
+`correct` and `well_made`, of images, and `video_correct`, `moves_right_way`, `constant`, `sharp`, `well_drawn` and
+`smooth`, of videos, have the signature of a reward, so a training script can log them at every evaluation:
 `--eval_reward tiny/world.py:correct tiny/world.py:well_made`.
 """
+
 import random
 import re
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -26,25 +31,32 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "ring")
 BACKGROUNDS = {"white": (1.0, 1.0, 1.0), "black": (0.0, 0.0, 0.0), "grey": (0.5, 0.5, 0.5)}
 RELATIONS = ("left of", "above")
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # y grows downwards
 DEFECTS = ("blurred", "pale", "small", "off-centre", "speckled")
+MOTION_DEFECTS = ("jittering", "flickering", "teleporting")
+FRAMES = 9  # of a video
 WELL_MADE_SHARE = 0.3  # of the drawings; a preference reward then has most of the distribution left to climb
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says: one or two (colour, shape) objects, the first `relation` the second, on a background."""
+    """What a caption says: one or two (colour, shape) objects, the first `relation` the second, on a background; or one
+    object and the direction in which it moves."""
 
     objects: tuple
     relation: str
     background: str
+    motion: str = ""
 
     @property
     def caption(self):
-        return f" {self.relation} ".join(f"a {c} {s}" for c, s in self.objects) + f" on {self.background}"
+        objects = f" {self.relation} ".join(f"a {c} {s}" for c, s in self.objects)
+        return objects + f" moving {self.motion}" * bool(self.motion) + f" on {self.background}"
 
 
 _OBJECT = rf"a ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
-_CAPTION = re.compile(rf"{_OBJECT}(?: ({'|'.join(RELATIONS)}) {_OBJECT})? on ({'|'.join(BACKGROUNDS)})")
+_MORE = rf" ({'|'.join(RELATIONS)}) {_OBJECT}| moving ({'|'.join(DIRECTIONS)})"
+_CAPTION = re.compile(rf"{_OBJECT}(?:{_MORE})? on ({'|'.join(BACKGROUNDS)})")
 
 
 def parse(caption):
@@ -52,16 +64,22 @@ def parse(caption):
     m = _CAPTION.fullmatch(caption)
     if m is None:
         raise ValueError(f"not a caption of this world: {caption!r}")
-    c1, s1, relation, c2, s2, background = m.groups()
-    return Scene(((c1, s1),) if relation is None else ((c1, s1), (c2, s2)), relation or "", background)
+    c1, s1, relation, c2, s2, motion, background = m.groups()
+    objects = ((c1, s1),) if relation is None else ((c1, s1), (c2, s2))
+    return Scene(objects, relation or "", background, motion or "")
 
 
 def all_scenes():
-    """Every scene, one-object ones first: 72 of one object and 3,312 of two different ones."""
+    """Every scene that stands still, one-object ones first: 72 of one object and 3,312 of two different ones."""
     kinds = [(c, s) for c in COLOURS for s in SHAPES]
     singles = [Scene((k,), "", b) for k in kinds for b in BACKGROUNDS]
     pairs = [Scene((j, k), r, b) for j in kinds for k in kinds if j != k for r in RELATIONS for b in BACKGROUNDS]
     return singles + pairs
+
+
+def moving_scenes():
+    """The 288 scenes that move."""
+    return [replace(scene, motion=m) for scene in all_scenes()[:72] for m in DIRECTIONS]
 
 
 def random_scene(rng, pair_share=0.4):
@@ -73,19 +91,21 @@ def random_scene(rng, pair_share=0.4):
 
 def change_one_word(scene, rng):
     """A different scene, one word away: the hardest wrong caption there is."""
-    what = rng.choice(["colour", "shape", "shape", "background"] + ["relation"] * 2 * (scene.relation != ""))
+    more = ["relation"] * 2 * bool(scene.relation) + ["motion"] * 2 * bool(scene.motion)
+    what = rng.choice(["colour", "shape", "shape", "background"] + more)
     if what == "background":
-        other = rng.choice([b for b in BACKGROUNDS if b != scene.background])
-        return Scene(scene.objects, scene.relation, other)
+        return replace(scene, background=rng.choice([b for b in BACKGROUNDS if b != scene.background]))
+    if what == "motion":
+        return replace(scene, motion=rng.choice([m for m in DIRECTIONS if m != scene.motion]))
     if what == "relation":  # swap the places: the same words in another order
-        return Scene(scene.objects[::-1], scene.relation, scene.background)
+        return replace(scene, objects=scene.objects[::-1])
     objects, i = list(scene.objects), rng.randrange(len(scene.objects))
     colour, shape = objects[i]
     if what == "colour":
         objects[i] = (rng.choice([c for c in COLOURS if c != colour]), shape)
     else:
         objects[i] = (colour, rng.choice([s for s in SHAPES if s != shape]))
-    return Scene(tuple(objects), scene.relation, scene.background)
+    return replace(scene, objects=tuple(objects))
 
 
 # ---- drawing -------------------------------------------------------------------------------------------------------
@@ -164,6 +184,57 @@ def draw(scene, make, generator):
     return image.clamp(0, 1)
 
 
+# ---- drawings that move --------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Motion:
+    """How a scene moves, frame by frame, beginning where the drawing stands: offsets in pixels, and the share of the
+    background that is mixed into the paint."""
+
+    path: tuple
+    fade: tuple
+    defects: tuple = ()
+
+
+def random_motion(rng, direction, frames=FRAMES, well_made_share=WELL_MADE_SHARE):
+    """A constant speed with probability `well_made_share`, else with one or two defects. The first frame has none of
+    them, so it says nothing about the others. From the middle, the object arrives at the edge whole."""
+    good = rng.random() < well_made_share
+    defects = () if good else tuple(rng.sample(MOTION_DEFECTS, rng.choice([1, 1, 2])))
+    dx, dy = DIRECTIONS[direction] if direction else (0, 0)
+    speed = rng.uniform(11.5, 13.5) / max(frames - 1, 1)
+    along, across, fade = [speed * t for t in range(frames)], [0.0] * frames, [0.0] * frames
+    if "jittering" in defects:
+        for t in range(1, frames):
+            across[t] += rng.choice([-1, 1]) * rng.uniform(2.0, 4.0)
+            along[t] += rng.uniform(-1.5, 1.5)
+    if "flickering" in defects:
+        for t in rng.sample(range(1, frames), frames // 2):
+            fade[t] = rng.uniform(0.45, 0.70)
+    if "teleporting" in defects and frames > 2:  # away and back, half way
+        start, side = rng.randint(frames // 3, frames // 2), rng.choice([-1, 1]) * rng.uniform(9, 11)
+        for t in range(start, min(start + 2, frames)):
+            across[t] += side
+    path = tuple((a * dx + b * dy, a * dy + b * dx) for a, b in zip(along, across))
+    return Motion(path, tuple(fade), defects)
+
+
+def random_moving_make(rng, direction, well_made_share=WELL_MADE_SHARE):
+    """A Make for a drawing that moves: where it is off-centre, it is so aside or behind, or it would leave at once."""
+    make, (dx, dy) = random_make(rng, well_made_share), DIRECTIONS[direction] if direction else (0, 0)
+    x, y = make.shift
+    return replace(make, shift=(-x if x * dx > 0 else x, -y if y * dy > 0 else y))
+
+
+def draw_video(scene, make, motion, generator):
+    """A drawing that moves, (F, 3, SIZE, SIZE) in [0, 1]. Its speckles stand still."""
+    state, frames = generator.get_state(), []
+    for (x, y), fade in zip(motion.path, motion.fade):
+        generator.set_state(state)
+        moved = (make.jitter[0] + x, make.jitter[1] + y)
+        frames.append(draw(scene, replace(make, jitter=moved, pale=make.pale + (1 - make.pale) * fade), generator))
+    return torch.stack(frames)
+
+
 # ---- the judge -----------------------------------------------------------------------------------------------------
 def _components(mask):
     """Connected regions (8 neighbours) of a boolean (H, W) mask, largest first, as boolean masks."""
@@ -229,7 +300,8 @@ def judge(image):
         aspect = (bottom - top) / (right - left)
         objects.append(
             {"colour": colour, "shape": shape if fit[shape] > 0.75 and 0.6 < aspect < 1.5 else "",
-             "centre": ((left + right) / 2, (top + bottom) / 2), "size": max(bottom - top, right - left)}
+             "centre": ((left + right) / 2, (top + bottom) / 2), "size": max(bottom - top, right - left),
+             "middle": (float(hx.float().mean()) + 0.5, float(hy.float().mean()) + 0.5), "strength": strengths[-1]}
         )  # fmt: skip
         # Pixels between 20 % and 80 % of full contrast, over the outline's length: the width of the edge.
         level = contrast / contrast[strong].mean()
@@ -277,9 +349,109 @@ def well_made(images, prompts):
     return torch.tensor([float(all(s[k] for k in ("crisp", "saturated", "sized", "centred", "clean"))) for s in seen])
 
 
+def judge_video(video):
+    """Reads one video, (F, 3, SIZE, SIZE) in [0, 1], from its pixels.
+
+    Returns a dict: `frames`, what `judge` sees in each; `kinds`, the (background, colour, shape) of each, of which any
+    may be '', for more than one object is none; `kind`, the commonest; `step`, how far the object goes from the first
+    third of the frames to the last, (x, y) in pixels, None where it is not seen; and `follows`, for each frame but the
+    first and the last: does the object go on there at the speed at which it came, as strong as it was?
+    """
+    frames = [judge(frame) for frame in video]
+    one = [f["objects"][0] if len(f["objects"]) == 1 else None for f in frames]
+    kinds = [(f["background"], o["colour"], o["shape"]) if o else ("", "", "") for f, o in zip(frames, one)]
+    third = -(-len(one) // 3)
+    first, last = ([o["middle"] for o in part if o] for part in (one[:third], one[-third:]))
+    means = [[sum(x) / len(part) for x in zip(*part)] for part in (first, last)]
+    step = [q - p for p, q in zip(*means)] if first and last else None
+    kind, follows = Counter(kinds).most_common(1)[0][0], []
+    for a, b, c in zip(one, one[1:], one[2:]):
+        follows.append(bool(a and b and c))
+        if follows[-1]:
+            bend = max(abs(p - 2 * q + r) for p, q, r in zip(a["middle"], b["middle"], c["middle"]))
+            strengths = [o["strength"] for o in (a, b, c)]
+            follows[-1] = bend < 2 and min(strengths) > 0.8 * max(strengths)
+    return {"frames": frames, "kinds": kinds, "kind": kind, "step": step, "follows": follows}
+
+
+_last = {"videos": None, "version": 0, "seen": []}  # several measures ask about the same videos: they are judged once
+
+
+def _read(videos, prompts, measure):
+    """`measure(what the judge sees, scene)` of each video (F, 3, SIZE, SIZE) and prompt, as float32 (B,)."""
+    if _last["videos"] is not videos or _last["version"] != videos._version:
+        _last.update(videos=videos, version=videos._version, seen=[judge_video(v) for v in videos])
+    return torch.tensor([float(measure(s, parse(p))) for s, p in zip(_last["seen"], prompts, strict=True)])
+
+
+def _share(values):
+    return sum(values) / max(len(values), 1)
+
+
+def _right_way(seen, scene):
+    if seen["step"] is None:
+        return False
+    (x, y), (dx, dy) = seen["step"], DIRECTIONS.get(scene.motion, (0, 0))
+    return x * dx + y * dy > max(4, abs(x * dy + y * dx)) if scene.motion else max(abs(x), abs(y)) < 3
+
+
+def _constant(seen):
+    return _share([all(kind) and kind == seen["kind"] for kind in seen["kinds"]])
+
+
+def smooth(videos, prompts):
+    """The share of frames in which the object goes on as it came, neither bent aside nor fading; (B, F, 3, 64, 64)."""
+    return _read(videos, prompts, lambda seen, scene: _share(seen["follows"]))
+
+
+def _made(seen, *criteria):
+    frames = zip(seen["frames"], seen["kinds"])
+    return _share([all(kind) and all(frame[c] for c in criteria) for frame, kind in frames])
+
+
+def sharp(videos, prompts):
+    """The share of frames that show one object, crisply."""
+    return _read(videos, prompts, lambda seen, scene: _made(seen, "crisp"))
+
+
+def well_drawn(videos, prompts):
+    """The share that show it crisp, saturated, well sized and clean. To be centred is not asked of what moves."""
+    return _read(videos, prompts, lambda seen, scene: _made(seen, "crisp", "saturated", "sized", "clean"))
+
+
+def moves_right_way(videos, prompts):
+    """1 where the object goes the way of the caption, or stays where the caption names none, else 0."""
+    return _read(videos, prompts, _right_way)
+
+
+def constant(videos, prompts):
+    """The share of frames with one object whose colour, shape and background are the commonest of the video."""
+    return _read(videos, prompts, lambda seen, scene: _constant(seen))
+
+
+def video_correct(videos, prompts):
+    """1 where one object of the caption's colour, shape and background is seen nearly throughout and goes its way,
+    else 0, as where the caption names two."""
+
+    def right(seen, scene):
+        named = seen["kind"] == (scene.background, *scene.objects[0]) and len(scene.objects) == 1
+        return named and _constant(seen) >= 0.75 and _right_way(seen, scene)
+
+    return _read(videos, prompts, right)
+
+
 def sample(seed, n, well_made_share=WELL_MADE_SHARE, pair_share=0.4):
     """n scenes, their makes and their drawings (n, 3, SIZE, SIZE), always the same for a seed."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     scenes = [random_scene(rng, pair_share) for _ in range(n)]
     makes = [random_make(rng, well_made_share) for _ in range(n)]
     return scenes, makes, torch.stack([draw(s, m, generator) for s, m in zip(scenes, makes)])
+
+
+def sample_videos(seed, n, frames=FRAMES, well_made_share=WELL_MADE_SHARE):
+    """n moving scenes, their makes, motions and videos (n, F, 3, SIZE, SIZE), always the same for a seed."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    scenes = rng.choices(moving_scenes(), k=n)
+    makes = [random_moving_make(rng, s.motion, well_made_share) for s in scenes]
+    motions = [random_motion(rng, s.motion, frames, well_made_share) for s in scenes]
+    return scenes, makes, motions, torch.stack([draw_video(*row, generator) for row in zip(scenes, makes, motions)])
