@@ -143,7 +143,7 @@ def parse_args(argv=None):
     flag("--output_dir", help="default: outputs/SCRIPT-PRESET-TIME")
     flag("--validation_steps", type=int, default=20, help="iterations between evaluations")
     flag("--eval_samples", type=int, default=1, help="samples a held-out prompt")
-    flag("--checkpointing_steps", type=int, default=40, help="iterations between checkpoints (script)")
+    flag("--checkpointing_steps", type=int, default=40, help="iterations between checkpoints (script of FLUX)")
     flag("--checkpoints_total_limit", type=int, default=2, help="older checkpoints are deleted")
     flag("--resume_from_checkpoint", metavar="CHECKPOINT", help="'latest', in --output_dir, or a checkpoint folder")
     flag("--report_to", choices=["none", "tensorboard", "wandb"], default="none", help="besides metrics.jsonl")
@@ -294,7 +294,7 @@ COUNTS = ("prompts_per_step", "num_updates", "train_batch_size", "max_train_step
           "eval_samples", "checkpointing_steps", "checkpoints_total_limit")  # fmt: skip
 POSITIVE = ("learning_rate", "adv_clip_max", "max_grad_norm")
 NOT_NEGATIVE = ("guidance_scale", "rank", "adam_weight_decay", "ratio_tolerance")
-FPS = 8  # of animations (script)
+SHOWN, FPS = 24, 8  # samples in a picture; frames a second of an animation (script)
 # What may differ between a run and its continuation; anything else would make it another run.
 FREE = ("output_dir", "resume_from_checkpoint", "max_train_steps", "report_to", "checkpointing_steps",
         "checkpoints_total_limit")  # fmt: skip
@@ -483,17 +483,20 @@ def train_step(run, step):
     origins = rows // G if args.init_same_noise else rows
     latents = init_latents(models, args, [seeded(args.seed, "init", step, int(i)) for i in origins])
 
-    # 3: under the old policy, in the micro-batches of the update: a kernel may round otherwise in another company.
+    # 3, 4: under the old policy, in the micro-batches of the update: a kernel may round otherwise in another company.
+    # Samples are scored at once and not kept: all the videos of an iteration fit no device.
     noise = [seeded(args.seed, "noise", step, int(i)) for i in rows]
-    rolled = []
+    rolled, scored = [], []
     for b in sum(split(rows), ()):
         part = {k: v[b] for k, v in cond.items()}
-        rolled.append(rollout(models, args, part, latents[b], etas, [noise[i] for i in b]))
-    trajectory, old_log_probs, samples = (torch.cat(parts) for parts in zip(*rolled))
-    assert old_log_probs.shape == (len(rows), args.num_inference_steps)
+        *path, samples = rollout(models, args, part, latents[b], etas, [noise[i] for i in b])
+        rolled.append(path)
+        scored.append(run.reward(samples, [prompts[i] for i in b]))
+    trajectory, old_log_probs = (torch.cat(parts) for parts in zip(*rolled))
+    assert old_log_probs.shape == (len(prompts), args.num_inference_steps)
 
-    # 4, 5
-    scores = run.reward(samples, prompts)
+    # 5
+    scores = {k: torch.cat([part[k] for part in scored]) for k in scored[0]}
     trained = binary(scores, args.reward_thresholds) if args.reward_thresholds else scores
     weights = torch.tensor(args.reward_weights or [1.0] * len(scores))
     advantages, flat_groups = group_advantages(torch.stack([*trained.values()], 1).cpu(), weights, G)
@@ -560,7 +563,7 @@ def train_step(run, step):
         "zero_std_groups": flat_groups,
         "updates": len(updates),
         "lr": args.learning_rate,
-        "samples_per_s": len(samples) / (time.time() - start),
+        "samples_per_s": len(prompts) / (time.time() - start),
         "time_s": time.time() - start,
     }
 
@@ -582,24 +585,26 @@ def averaged_weights(run):
 def evaluate(run, step):
     """Held-out prompts by the ODE, from noise that is the same in every evaluation of every run. Returns eval/<name>
     and eval_std/<name>, mean and spread over the samples, and draws one sample of each of the first prompts."""
-    args, samples = run.args, []
+    args, shown, scored = run.args, [], []
     prompts = [p for p in run.eval_prompts for _ in range(args.eval_samples)]
     with averaged_weights(run):
         for b in torch.arange(len(prompts)).split(args.train_batch_size):
             latents = init_latents(run.models, args, [seeded("eval", int(i)) for i in b])
-            cond = encode_prompts(run.models, [prompts[i] for i in b])
-            samples.append(rollout(run.models, args, cond, latents, [0.0] * args.num_inference_steps)[2])
-    samples = torch.cat(samples)
-    draw_samples(samples[:: args.eval_samples], run.eval_prompts, step, run.folder / f"samples/step_{step:06d}")
-    scores = run.reward(samples, prompts) | run.eval_reward(samples, prompts)
+            words = [prompts[i] for i in b]
+            cond = encode_prompts(run.models, words)
+            samples = rollout(run.models, args, cond, latents, [0.0] * args.num_inference_steps)[2]
+            scored.append(run.reward(samples, words) | run.eval_reward(samples, words))
+            shown = [*shown, *samples[b % args.eval_samples == 0].cpu()][:SHOWN]
+    draw_samples(torch.stack(shown), run.eval_prompts, step, run.folder / f"samples/step_{step:06d}")
+    scores = {k: torch.cat([part[k] for part in scored]) for k in scored[0]}
     metrics = {f"eval/{k}": float(v.double().mean()) for k, v in scores.items()}
     return metrics | {f"eval_std/{k}": float(v.double().std()) for k, v in scores.items()}
 
 
 def draw_samples(samples, prompts, step, path):
-    """The first 24 samples, under their prompts: images as path.png; videos (b, F, 3, H, W) as the animation path.webp,
+    """At most SHOWN samples under their prompts: images as path.png; videos (b, F, 3, H, W) as the animation path.webp,
     and as path.mp4 where imageio-ffmpeg is installed."""
-    videos = (samples if samples.ndim == 5 else samples[:, None]).permute(0, 1, 3, 4, 2).cpu().numpy()
+    videos = (samples if samples.ndim == 5 else samples[:, None]).permute(0, 1, 3, 4, 2).numpy()
     figure, axes = plt.subplots(3, 8, figsize=(12, 6.2), layout="constrained")
     figure.suptitle(f"held-out prompts, iteration {step}")
     for axis in axes.flat:

@@ -40,18 +40,16 @@ def bare_iteration(run):
     cond = grpo_flux.encode_prompts(models, prompts)
     latents = grpo_flux.init_latents(models, args, [grpo_flux.seeded(i) for i in range(len(prompts))])
     batches = torch.arange(len(prompts)).split(args.train_batch_size)
-    inputs = [(latents[b], {k: v[b] for k, v in cond.items()}) for b in batches]
+    inputs = [(latents[b], {k: v[b] for k, v in cond.items()}, [prompts[i] for i in b]) for b in batches]
     trained = args.sde_window or args.num_inference_steps - 1
 
     def calls():
-        samples = []
         with torch.no_grad():
-            for x, c in inputs:
+            for x, c, words in inputs:
                 for _ in range(args.num_inference_steps):
                     grpo_flux.predict(models, args, x, 0.5, c)
-                samples.append(grpo_flux.decode(models, args, x))
-        run.reward(torch.cat(samples), prompts)
-        for x, c in inputs:
+                run.reward(grpo_flux.decode(models, args, x), words)
+        for x, c, _ in inputs:
             for _ in range(trained):
                 grpo_flux.predict(models, args, x, 0.5, c).mean().backward()
 

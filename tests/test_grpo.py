@@ -55,8 +55,14 @@ def dark(images, prompts):
     return -images.mean((1, 2, 3))
 
 
+counted = 0
+
+
 def number(images, prompts):
-    return torch.arange(len(images))
+    '''0 to 7 for the rows of an iteration, in whatever micro-batches they come.'''
+    global counted
+    counted += len(images)
+    return torch.arange(counted - len(images), counted) % 8
 
 
 def constant(images, prompts):
@@ -121,7 +127,8 @@ def watch(monkeypatch):
     rollout, policy_step = g.rollout, g.policy_step
 
     def start(run, frozen=False):
-        log = SimpleNamespace(trajectories=[], samples=[], drawn=[], scored=[], scores=[], gradients=[], weights=[])
+        log = SimpleNamespace(trajectories=[], samples=[], drawn=[], scored=[], gradients=[], weights=[])
+        log.scores, log.prompts = [], []
         reward, optimizer_step = run.reward, run.optimizer.step
 
         def watched_rollout(*args):
@@ -138,10 +145,14 @@ def watch(monkeypatch):
                 log.scored.append((level, eta, latents))
             return step
 
-        def watched_reward(images, prompts):
-            log.prompts = prompts
-            log.scores.append(reward(images, prompts))
-            return log.scores[-1]
+        def watched_reward(images, prompts):  # a micro-batch at a time: put together, they are an iteration's
+            part = reward(images, prompts)
+            if len(log.prompts) % (run.args.prompts_per_step * run.args.num_generations) == 0:
+                log.scores.append({name: score[:0] for name, score in part.items()})
+                log.prompts = []
+            log.scores[-1] = {name: torch.cat([log.scores[-1][name], score]) for name, score in part.items()}
+            log.prompts += prompts
+            return part
 
         def watched_optimizer():
             log.gradients.append(flat(p.grad for p in run.parameters))
@@ -857,7 +868,7 @@ def test_a_run_that_is_stopped_killed_and_resumed_is_the_unbroken_run(files, tmp
     assert "stopped after iteration 1" in process.stdout
     assert checkpoints_of(folder) == ["step_000001"] and same(state_of(folder, 1), state_of(unbroken, 1))
 
-    process = run(signal.SIGKILL, 2, resume_from_checkpoint="latest")  # 2 is saved, 3 is killed
+    process = run(signal.SIGKILL, 3, resume_from_checkpoint="latest")  # 2 is saved, 3 is killed; two calls in each
     assert process.returncode == -signal.SIGKILL, process.stderr
     assert checkpoints_of(folder) == ["step_000001", "step_000002"] and len(lines_of(folder)) == 3
     with open(folder / "metrics.jsonl", "a") as file:  # as if iteration 3 had got as far as its line
@@ -934,7 +945,7 @@ def test_a_fault_stops_the_run_with_its_own_error_and_keeps_whole_iterations(
     fault, act, message = FAULTS[name]
     if fault:
         monkeypatch.setenv("FAULT", fault)
-        monkeypatch.setenv("FAULT_AT", "5")  # the evaluation, then iterations 1 to 4
+        monkeypatch.setenv("FAULT_AT", "8")  # the evaluation, then two calls in each iteration
     else:
         train_step_that(monkeypatch, act, 4)
     with pytest.raises(RuntimeError, match=re.escape(message)):
@@ -1096,16 +1107,23 @@ def test_evaluation_is_by_the_ode_from_noise_of_its_own(build, watch, monkeypatc
         return rollout(models, args, cond, latents, levels, *generators)
 
     monkeypatch.setattr(g, "rollout", watched)
-    log = SimpleNamespace()
+    log = SimpleNamespace(images=[], prompts=[])
     reward = run.reward
-    run.reward = lambda images, prompts: (vars(log).update(images=images, prompts=prompts), reward(images, prompts))[1]
+
+    def watched_reward(images, prompts):
+        log.images += images
+        log.prompts += prompts
+        return reward(images, prompts)
+
+    run.reward = watched_reward
     torch.manual_seed(0)
     first = g.evaluate(run, 0)
     assert etas == [[0.0] * 4] * 2
     latents = torch.cat(seen)
     assert len({tuple(x[0].tolist()) for x in latents}) == 6
     assert log.prompts == [p for p in run.eval_prompts for _ in range(2)] and len(run.eval_prompts) == 3
-    assert first["eval/red"] == pytest.approx(float(reward(log.images, log.prompts)["red"].mean()), abs=1e-6)
+    expected = float(reward(torch.stack(log.images), log.prompts)["red"].mean())
+    assert first["eval/red"] == pytest.approx(expected, abs=1e-6)
     torch.manual_seed(1)
     run.args.seed = 1
     assert g.evaluate(run, 7) == first
