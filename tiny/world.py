@@ -14,6 +14,7 @@ from one that is being fooled. No model is involved in either direction.
 `--eval_reward tiny/world.py:correct tiny/world.py:well_made`.
 """
 
+import math
 import random
 import re
 from collections import Counter
@@ -203,16 +204,17 @@ def random_motion(rng, direction, frames=FRAMES, well_made_share=WELL_MADE_SHARE
     dx, dy = DIRECTIONS[direction] if direction else (0, 0)
     speed = rng.uniform(11.5, 13.5) / max(frames - 1, 1)
     along, across, fade = [speed * t for t in range(frames)], [0.0] * frames, [0.0] * frames
-    if "jittering" in defects:
+    if "jittering" in defects:  # a wobble with a period of 4 to 5 frames
+        size, period, phase = rng.uniform(3.0, 5.0), rng.uniform(4.0, 5.0), rng.uniform(0, 2 * math.pi)
         for t in range(1, frames):
-            across[t] += rng.choice([-1, 1]) * rng.uniform(2.0, 4.0)
-            along[t] += rng.uniform(-1.5, 1.5)
-    if "flickering" in defects:
-        for t in rng.sample(range(1, frames), frames // 2):
-            fade[t] = rng.uniform(0.45, 0.70)
+            across[t] += size * (math.sin(2 * math.pi * t / period + phase) - math.sin(phase))
+    if "flickering" in defects and frames > 2:  # pale for 2 to 4 frames
+        start, pale = rng.randint(1, frames - 2), rng.uniform(0.45, 0.70)
+        for t in range(start, min(start + rng.randint(2, 4), frames)):
+            fade[t] = pale
     if "teleporting" in defects and frames > 2:  # away and back, half way
         start, side = rng.randint(frames // 3, frames // 2), rng.choice([-1, 1]) * rng.uniform(9, 11)
-        for t in range(start, min(start + 2, frames)):
+        for t in range(start, min(start + 3, frames)):
             across[t] += side
     path = tuple((a * dx + b * dy, a * dy + b * dx) for a, b in zip(along, across))
     return Motion(path, tuple(fade), defects)
