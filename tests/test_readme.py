@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ["README.md", "RESULTS.md"]
@@ -58,6 +59,9 @@ def reader(tmp_path, monkeypatch):
     """The reader's folder: the models, and what the README lets the reader bring or leave there."""
     (tmp_path / "tiny").symlink_to(ROOT / "tiny")
     (tmp_path / "prompts.txt").write_text("a red circle on white\n")
+    (tmp_path / "FOLDER").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "FOLDER/a.png")
+    (tmp_path / "FOLDER/a.txt").write_text("a red circle on white\n")
     (tmp_path / "mine.py").write_text(next(code for code in snippets() if "def " in code))
     checkpoint = tmp_path / "outputs/RUN/checkpoints/step_000040"
     checkpoint.mkdir(parents=True)

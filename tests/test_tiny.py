@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, HunyuanSkyreelsImageToVideoPipeline, HunyuanVideoPipeline
+from diffusers import HunyuanVideoTransformer3DModel
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,6 +20,7 @@ import world  # noqa: E402
 from rewards import load_rewards  # noqa: E402
 
 HELD_OUT = (TINY / "prompts_heldout.txt").read_text().splitlines()
+VIDEO_HELD_OUT = (TINY / "prompts_video_heldout.txt").read_text().splitlines()
 
 
 # What a call needs beyond the prompt: diffusers hard-codes FLUX's sizes.
@@ -65,6 +68,89 @@ def test_the_autoencoder_reconstructs_and_its_latents_are_standardised(name):
     assert (vae.decode(latents).sample / 2 + 0.5 - images).abs().mean() < 0.03
     latents = (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
     assert abs(latents.mean()) < 0.1 and abs(latents.std() - 1) < 0.1
+
+
+# ---- the video models ----------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def hunyuan():
+    pipe = HunyuanVideoPipeline.from_pretrained(TINY / "hunyuan_video")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def skyreels():
+    transformer = HunyuanVideoTransformer3DModel.from_pretrained(TINY / "skyreels_i2v")
+    pipe = HunyuanSkyreelsImageToVideoPipeline.from_pretrained(TINY / "hunyuan_video", transformer=transformer)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def film(pipe, prompts, frames=world.FRAMES, **kwargs):
+    kwargs = {"num_inference_steps": 12, "max_sequence_length": make_tiny.TEXT_LENGTH} | kwargs
+    return pipe(prompt=prompts, height=64, width=64, num_frames=frames, output_type="pt",
+                generator=torch.Generator().manual_seed(0), **kwargs).frames  # fmt: skip
+
+
+def test_the_video_pipelines_work_at_one_call(hunyuan, skyreels):
+    kwargs = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 2}
+    image = world.draw(world.parse("a red circle on white"), world.Make(), None)[None]
+    for pipe, more in ((hunyuan, {}), (skyreels, {"image": image, "negative_prompt": "", "true_cfg_scale": 5.0})):
+        frames = pipe(prompt="a red circle moving right on white", **kwargs, **more).frames[0]
+        assert len(frames) == 9 and frames[0].size == (64, 64)
+
+
+def test_the_template_is_cut_off_where_the_prompt_begins(hunyuan):
+    for prompt in VIDEO_HELD_OUT + HELD_OUT:
+        ids = hunyuan.tokenizer(DEFAULT_PROMPT_TEMPLATE["template"].format(prompt)).input_ids
+        assert hunyuan.tokenizer.unk_token_id not in ids
+        rest = hunyuan.tokenizer.convert_ids_to_tokens(ids[DEFAULT_PROMPT_TEMPLATE["crop_start"] :])
+        assert "".join(rest) == prompt + "<|eot_id|>" and len(rest) <= hunyuan.tokenizer.model_max_length
+
+
+def test_a_longer_text_length_is_masked(hunyuan):
+    short, long = (film(hunyuan, VIDEO_HELD_OUT[:1], num_inference_steps=2, max_sequence_length=n) for n in (12, 40))
+    torch.testing.assert_close(short, long, atol=2e-3, rtol=0)
+
+
+@torch.no_grad()
+def test_the_video_autoencoder_reconstructs_and_its_latents_are_standardised(hunyuan):
+    vae, (scenes, _, motions, videos) = hunyuan.vae, world.sample_videos(11, 48)
+    posterior = vae.encode(videos.transpose(1, 2) * 2 - 1).latent_dist
+    output = (vae.decode(posterior.mean).sample.transpose(1, 2) / 2 + 0.5).clamp(0, 1)
+    assert posterior.mean.shape == (48, 16, 3, 8, 8) and (output - videos).abs().mean() < 0.03
+    latents = posterior.mean * vae.config.scaling_factor
+    assert abs(latents.mean()) < 0.1 and abs(latents.std() - 1) < 0.1
+    assert posterior.std.max() * vae.config.scaling_factor < 0.1  # SkyReels' pipeline draws its condition from it
+    captions, moved = [s.caption for s in scenes], torch.tensor([not m.defects for m in motions])
+    assert world.smooth(output, captions)[moved].mean() > 0.85 and world.smooth(output, captions)[~moved].mean() < 0.4
+    assert world.moves_right_way(output, captions).mean() > 0.95
+
+
+def test_the_video_base_model_is_a_policy_with_room_above_it(hunyuan):
+    videos = film(hunyuan, VIDEO_HELD_OUT)
+    assert 0.02 < world.video_correct(videos, VIDEO_HELD_OUT).mean() < 0.5
+    assert 0.6 < world.moves_right_way(videos, VIDEO_HELD_OUT).mean() < 0.98
+    assert world.well_drawn(videos, VIDEO_HELD_OUT).mean() < 0.3
+    assert 0.2 < world.smooth(videos, VIDEO_HELD_OUT).mean() < 0.7
+
+
+def test_the_video_base_model_draws_images_too(hunyuan):
+    images = film(hunyuan, HELD_OUT, frames=1)[:, 0]
+    assert 0.05 < world.correct(images, HELD_OUT).mean() < 0.8
+    assert 0.02 < world.well_made(images, HELD_OUT).mean() < 0.5
+
+
+def test_image_to_video_goes_on_from_its_image(skyreels):
+    rng = random.Random(0)
+    scenes = [world.parse(p) for p in VIDEO_HELD_OUT[:24]]
+    images = torch.stack([world.draw(s, world.random_make(rng, 1.0), torch.Generator()) for s in scenes])
+    videos = film(skyreels, VIDEO_HELD_OUT[:24], image=images, guidance_scale=1.0, true_cfg_scale=5.0,
+                  negative_prompt=[""] * 24)  # fmt: skip
+    assert (videos[:, 0] - images).abs().mean() < 0.03
+    assert world.constant(videos, VIDEO_HELD_OUT[:24]).mean() > 0.25
+    assert world.moves_right_way(videos, VIDEO_HELD_OUT[:24]).mean() > 0.6
+    assert 0.2 < world.smooth(videos, VIDEO_HELD_OUT[:24]).mean() < 0.8
 
 
 @pytest.fixture(scope="module")

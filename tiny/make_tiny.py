@@ -3,11 +3,15 @@
     python tiny/make_tiny.py                    all of them, in order
     python tiny/make_tiny.py clip hps           only these (each needs the ones above it in STAGES)
 
-    vae     the autoencoder                     AutoencoderKL                        kept in tiny/.build
-    flux    a FLUX pipeline with that VAE       FluxPipeline                         tiny/flux
-    sd14    a Stable Diffusion pipeline with it StableDiffusionPipeline              tiny/sd14
-    clip    image and caption alignment         CLIPModel                            tiny/clip
-    hps     the same, taught preferences        CLIPModel                            tiny/hps
+    vae            the autoencoder                      AutoencoderKL                        kept in tiny/.build
+    flux           a FLUX pipeline with that VAE        FluxPipeline                         tiny/flux
+    sd14           a Stable Diffusion pipeline with it  StableDiffusionPipeline              tiny/sd14
+    clip           image and caption alignment          CLIPModel                            tiny/clip
+    hps            the same, taught preferences         CLIPModel                            tiny/hps
+    video_vae      the autoencoder of videos            AutoencoderKLHunyuanVideo            kept in tiny/.build
+    hunyuan_video  a HunyuanVideo pipeline with it      HunyuanVideoPipeline                 tiny/hunyuan_video
+    skyreels_i2v   its denoiser, going on from an image HunyuanVideoTransformer3DModel       tiny/skyreels_i2v
+    videoalign     quality of frames, motion, caption   Qwen2VLModel                         tiny/videoalign
 
 Each is made of diffusers' and transformers' own classes and saved in their own layout, so the code that loads it is the
 code that loads the real weights. Training states go to tiny/.build every 200 steps; a stage that was stopped continues
@@ -15,25 +19,35 @@ from there. Batches are drawn from (seed, step), so stopping changes nothing. A 
 """
 
 import argparse
+import hashlib
+import json
 import random
+import re
+import shutil
 import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
-from diffusers import FluxTransformer2DModel, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from diffusers import AutoencoderKL, AutoencoderKLHunyuanVideo, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import FluxPipeline, FluxTransformer2DModel, HunyuanSkyreelsImageToVideoPipeline, HunyuanVideoPipeline
+from diffusers import HunyuanVideoTransformer3DModel, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import trange
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
+from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLModel, T5Config, T5EncoderModel
 
 TINY = Path(__file__).resolve().parent
-sys.path.insert(0, str(TINY))
+sys.path[:0] = [str(TINY), str(TINY.parent)]
 import world  # noqa: E402
+
+import rewards  # noqa: E402
 
 BUILD = TINY / ".build"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -89,12 +103,17 @@ def batch(rng, generator, n, well_made_share=world.WELL_MADE_SHARE):
 
 
 # ---- words ---------------------------------------------------------------------------------------------------------
-def make_tokenizer(start_token):
+WORDS = ["a", "on", "left", "of", "above", *world.COLOURS, *world.SHAPES, *world.BACKGROUNDS]
+VIDEO_WORDS = ["moving", *(d for d in world.DIRECTIONS if d not in WORDS)]
+
+
+def make_tokenizer(start_token, words=WORDS, length=TEXT_LENGTH + 1):
     """One token a word. CLIP's captions begin with a start token, T5's do not; both end with an end token."""
     special = ["<pad>", "<end>", "<start>", "<unk>"]
-    words = ["a", "on", "left", "of", "above", *world.COLOURS, *world.SHAPES, *world.BACKGROUNDS]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if "moving" not in words:  # to a model of images, the words of motion say nothing
+        tokenizer.normalizer = normalizers.Replace(Regex(r" moving \w+"), "")
     ids = {t: special.index(t) for t in ("<start>", "<end>")}
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<start> $A <end>" if start_token else "$A <end>", special_tokens=list(ids.items())
@@ -102,7 +121,7 @@ def make_tokenizer(start_token):
     extra = {"bos_token": "<start>"} if start_token else {}
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", unk_token="<unk>",
-        model_max_length=TEXT_LENGTH + start_token, **extra,
+        model_max_length=length, **extra,
     )  # fmt: skip
 
 
@@ -111,9 +130,15 @@ def tokenize(tokenizer, captions):
     return tokenizer(captions, max_length=tokenizer.model_max_length, **kwargs).input_ids.to(DEVICE)
 
 
-CLIP_TOKENS, T5_TOKENS = make_tokenizer(True), make_tokenizer(False)
+CLIP_TOKENS, T5_TOKENS = make_tokenizer(True), make_tokenizer(False, length=TEXT_LENGTH)
 TEXT = {"vocab_size": len(CLIP_TOKENS), "max_position_embeddings": TEXT_LENGTH + 1, "bos_token_id": 2,
         "eos_token_id": 1, "pad_token_id": 0}  # fmt: skip
+
+
+def colour_loss(error):
+    """Most of a drawing is background, and grey: colour errors count four times, or it stays grey for long."""
+    grey = error.mean(1, keepdim=True)
+    return grey.square().mean() + 4 * (error - grey).square().mean()
 
 
 # ---- the autoencoder -----------------------------------------------------------------------------------------------
@@ -131,10 +156,7 @@ def make_vae():
         images = (images * 2 - 1).contiguous(memory_format=torch.channels_last)
         latents = vae.encode(images).latent_dist.mean
         noise = torch.randn(latents.shape, generator=generator).to(DEVICE)
-        error = vae.decode(latents + 0.05 * noise).sample - images
-        # Most of a drawing is background, and grey: colour errors count four times, or it stays grey for long.
-        grey = error.mean(1, keepdim=True)
-        return grey.square().mean() + 4 * (error - grey).square().mean()
+        return colour_loss(vae.decode(latents + 0.05 * noise).sample - images)
 
     vae = train("vae", vae, loss, steps=VAE_STEPS, lr=1e-3, seed=1, ema_decay=0.99)
     vae.to(memory_format=torch.contiguous_format)
@@ -377,9 +399,395 @@ def make_hps():
     save_clip(model, "hps")
 
 
+# ---- HunyuanVideo --------------------------------------------------------------------------------------------------
+POSTERIOR_STD = 0.05  # of the latents around their mean, in the autoencoder's own units
+
+
+def video_batch(rng, generator, n, frames):
+    """n moving scenes as (n, 3, F, 64, 64) in [-1, 1]; with one frame, n still ones. With their captions' scenes."""
+    if frames == 1:
+        scenes, _, images = batch(rng, generator, n)
+        return scenes, images[:, :, None] * 2 - 1
+    scenes = rng.choices(world.moving_scenes(), k=n)
+    rows = [(s, world.random_moving_make(rng, s.motion), world.random_motion(rng, s.motion, frames)) for s in scenes]
+    videos = torch.stack([world.draw_video(*row, generator) for row in rows])
+    return scenes, videos.transpose(1, 2).to(DEVICE) * 2 - 1
+
+
+def video_frames(rng, generator, n):
+    """n images (n, 3, 64, 64) in [-1, 1]: half of them still drawings, half single frames of drawings that move."""
+    frames = []
+    for _ in range(n // 2):
+        scene, t = rng.choice(world.moving_scenes()), rng.randrange(world.FRAMES)
+        make, motion = world.random_moving_make(rng, scene.motion), world.random_motion(rng, scene.motion, world.FRAMES)
+        moment = world.Motion(motion.path[t : t + 1], motion.fade[t : t + 1])
+        frames.append(world.draw_video(scene, make, moment, generator))
+    return torch.cat([batch(rng, generator, n - n // 2)[2], torch.cat(frames).to(DEVICE)]) * 2 - 1
+
+
+def video_vae_loss(vae, media, generator):
+    """Of media in [-1, 1], reconstructed from noisy latents."""
+    latents = vae.encode(media).latent_dist.mean
+    noise = torch.randn(latents.shape, generator=generator).to(DEVICE)
+    error = vae.decode(latents + POSTERIOR_STD * noise).sample - media
+    # HunyuanVideo's latents know a scale and no shift: a little pull towards 0 keeps them there.
+    return colour_loss(error) + 1e-4 * latents.square().mean()
+
+
+def make_video_vae():
+    """8x compression in space and 4x in time to 16 channels, HunyuanVideo's own numbers.
+
+    Its counterpart of two dimensions learns first, on single frames, which is ten times as fast; it starts from the
+    autoencoder of images where their shapes agree. Its kernels become the last slice in time of the kernels of three,
+    and that one draws single frames just as well before it learns to move.
+    """
+    torch.manual_seed(8)
+    widths = {"block_out_channels": (16, 16, 32, 32), "layers_per_block": 1, "norm_num_groups": 4,
+              "latent_channels": 16}  # fmt: skip
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    flat, vae = AutoencoderKL(**widths, **blocks), AutoencoderKLHunyuanVideo(**widths)
+    for layer in flat.modules():  # the border is treated as in the other one
+        if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
+            layer.padding_mode, layer._reversed_padding_repeated_twice = "replicate", [1] * 4
+    for block in flat.encoder.down_blocks[:-1]:
+        block.downsamplers[0].padding = 1
+    flat.to(memory_format=torch.channels_last)
+
+    images, start = load_vae().state_dict(), flat.state_dict()
+    flat.load_state_dict({k: images[k] if k in images and images[k].shape == v.shape else v for k, v in start.items()})
+
+    def flat_loss(flat, rng, generator):
+        images = video_frames(rng, generator, 16).contiguous(memory_format=torch.channels_last)
+        return video_vae_loss(flat, images, generator)
+
+    flat = train("video_vae_frames", flat, flat_loss, steps=FRAME_VAE_STEPS, lr=1.5e-3, seed=8, ema_decay=0.99)
+    plain = {re.sub(r"(\.conv)+(?=\.\w+$)", "", name): weight for name, weight in flat.state_dict().items()}
+    inflated = {}
+    for name, weight in vae.state_dict().items():
+        source = plain[re.sub(r"(\.conv)+(?=\.\w+$)", "", name)]
+        inflated[name] = weight * 0
+        inflated[name][(slice(None), slice(None), -1) if weight.ndim == 5 else ...] = source
+    vae.load_state_dict(inflated)
+    vae.to(memory_format=torch.channels_last_3d)
+
+    def loss(vae, rng, generator):
+        """Most batches are of clips, cut out in space and time: a third of the work. One batch in eight is of still
+        images: they are to be drawn too, and a first frame is encoded alone."""
+        kind = rng.choice(["clips"] * 5 + ["videos"] * 2 + ["images"])
+        n, frames = {"clips": (12, world.FRAMES), "videos": (4, world.FRAMES), "images": (24, 1)}[kind]
+        _, videos = video_batch(rng, generator, n, frames)
+        if kind == "clips":
+            t, y, x = rng.randrange(world.FRAMES - 4), rng.randrange(17), rng.randrange(17)
+            videos = videos[:, :, t : t + 5, y : y + 48, x : x + 48]
+        return video_vae_loss(vae, videos.contiguous(memory_format=torch.channels_last_3d), generator)
+
+    vae = train("video_vae", vae, loss, steps=VIDEO_VAE_STEPS, lr=2e-4, seed=9, ema_decay=0.99)
+    vae.to(memory_format=torch.contiguous_format)
+    with torch.no_grad():
+        # The pipelines draw a first frame's latents from its posterior: let that be what the decoder was trained on.
+        vae.quant_conv.weight[16:], vae.quant_conv.bias[16:] = 0.0, 2 * torch.tensor(POSTERIOR_STD).log()
+        for frames in (1, world.FRAMES):
+            _, videos = video_batch(random.Random(9), torch.Generator().manual_seed(9), 96, frames)
+            latents = torch.cat([vae.encode(c).latent_dist.mean for c in videos.split(16)])
+            output = torch.cat([vae.decode(c).sample for c in latents.split(16)])
+            error, mean, std = float((output - videos).abs().mean() / 2), float(latents.mean()), float(latents.std())
+            print(f"video_vae: {frames} frames, mean absolute error {error:.4f} of 1, latents {mean:.3f} +- {std:.3f}")
+    vae.register_to_config(scaling_factor=1 / std)
+    vae.cpu().save_pretrained(BUILD / "video_vae")
+
+
+def load_video_vae():
+    vae = AutoencoderKLHunyuanVideo.from_pretrained(BUILD / "video_vae").to(DEVICE).eval()
+    vae.register_to_config(_name_or_path="")
+    return vae
+
+
+@torch.no_grad()
+def video_bank(vae, n, frames, seed):
+    """n drawings, moving or still: scenes, normalised latents (n, 16, f, 8, 8) and, in the same units, the latents of
+    each first frame alone (n, 16, 1, 8, 8); kept on disk, for it takes minutes."""
+    file = BUILD / f"video_latents_{n}_{frames}_{seed}.pt"
+    if not file.exists():
+        parts = {"captions": [], "latents": [], "first": []}
+        for chunk in trange(n // 64, desc=file.stem, mininterval=5):
+            number = seed * 1_000_003 + chunk
+            scenes, videos = video_batch(random.Random(number), torch.Generator().manual_seed(number), 64, frames)
+            parts["captions"] += [scene.caption for scene in scenes]
+            for key, part in (("latents", videos), ("first", videos[:, :, :1])):
+                parts[key] += [(vae.encode(p).latent_dist.mean * vae.config.scaling_factor).half().cpu()
+                               for p in part.split(16)]  # fmt: skip
+        torch.save({k: torch.cat(v) if k != "captions" else v for k, v in parts.items()}, file)
+    saved = torch.load(file, weights_only=True)
+    return [world.parse(c) for c in saved["captions"]], saved["latents"], saved["first"]
+
+
+def make_llama_tokenizer():
+    """Llama 3's way of cutting a sentence, one token a piece, and as vocabulary the pieces of HunyuanVideo's prompt
+    template and of this world: the template is as long in tokens as it is for the real one, which the pipeline counts
+    on when it cuts it off."""
+    special = ["<|pad|>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|unk|>"]
+    cut = Regex(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+                r"\s*[\r\n]+|\s+(?!\S)|\s+")  # fmt: skip
+    pieces = pre_tokenizers.Split(cut, "isolated")
+    text = DEFAULT_PROMPT_TEMPLATE["template"].format("a")
+    for token in special:
+        text = text.replace(token, "\0")
+    words = ["a", *(f" {word}" for word in ["a", *WORDS, *VIDEO_WORDS])]
+    words += [piece for part in text.split("\0") if part for piece, _ in pieces.pre_tokenize_str(part)]
+    words = list(dict.fromkeys(words))
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + words)}, unk_token="<|unk|>"))
+    tokenizer.pre_tokenizer = pieces
+    tokenizer.add_special_tokens(special)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|pad|>", bos_token="<|begin_of_text|>", eos_token="<|eot_id|>",
+        unk_token="<|unk|>", model_max_length=TEXT_LENGTH, padding_side="right",
+    )  # fmt: skip
+
+
+def video_parts(vae):
+    """A HunyuanVideo pipeline with untrained networks."""
+    tokenizer, tokenizer_2 = make_llama_tokenizer(), make_tokenizer(True, [*WORDS, *VIDEO_WORDS], 77)
+    # The pipeline reads the hidden states two layers below the top: of three layers, the lowest is in use.
+    llama = LlamaModel(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=48, intermediate_size=48, num_hidden_layers=3, num_attention_heads=3,
+        num_key_value_heads=1, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    ))  # fmt: skip
+    clip = CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer_2), max_position_embeddings=77, hidden_size=48, intermediate_size=96,
+        num_hidden_layers=1, num_attention_heads=3, projection_dim=48, bos_token_id=2, eos_token_id=1, pad_token_id=0,
+    ))  # fmt: skip
+    transformer = HunyuanVideoTransformer3DModel(
+        num_attention_heads=3, attention_head_dim=32, num_layers=1, num_single_layers=3, num_refiner_layers=1,
+        mlp_ratio=2.0, text_embed_dim=48, pooled_projection_dim=48, rope_axes_dim=(8, 12, 12),
+    )  # fmt: skip
+    return HunyuanVideoPipeline(
+        text_encoder=llama, tokenizer=tokenizer, transformer=transformer, vae=vae, text_encoder_2=clip,
+        tokenizer_2=tokenizer_2, scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+    )  # fmt: skip
+
+
+def video_loss(pipe, model, x0, captions, condition, generator):
+    """The flow loss on normalised latents (B, 16, f, 8, 8). The guidance is random: it says nothing and may be any."""
+    n = len(x0)
+    x0, noise = x0.to(DEVICE).float(), torch.randn(x0.shape, generator=generator).to(DEVICE)
+    # Logit-normal noise levels, moved towards 1, where sampling with shift 5 spends its steps.
+    sigma = torch.sigmoid(torch.randn(n, generator=generator) * 1.2 + 0.8).to(DEVICE)
+    s = sigma.view(-1, 1, 1, 1, 1)
+    text, pooled, mask = pipe.encode_prompt(captions, device=DEVICE, max_sequence_length=TEXT_LENGTH)
+    velocity = model["transformer"](
+        hidden_states=torch.cat([(1 - s) * x0 + s * noise, *condition], 1),
+        timestep=1000 * sigma,
+        guidance=1000 * (1 + 7 * torch.rand(n, generator=generator)).to(DEVICE),
+        pooled_projections=pooled,
+        encoder_hidden_states=text,
+        encoder_attention_mask=mask,
+    ).sample
+    return F.mse_loss(velocity, noise - x0)
+
+
+def make_hunyuan_video():
+    """1 double and 3 single blocks of width 96. One batch in five is of still images."""
+    torch.manual_seed(10)
+    vae = load_video_vae()
+    pipe = video_parts(vae)
+    model = nn.ModuleDict({k: getattr(pipe, k) for k in ("transformer", "text_encoder", "text_encoder_2")})
+    moving, still = video_bank(vae, 8192, world.FRAMES, seed=11), video_bank(vae, 8192, 1, seed=12)
+
+    def loss(model, rng, generator):
+        scenes, latents, _ = moving if rng.random() < 0.8 else still
+        index = torch.randint(len(latents), (64,), generator=generator)
+        captions = told_captions([scenes[i] for i in index], rng)
+        return video_loss(pipe, model, latents[index], captions, [], generator)
+
+    cycles = {"steps": HUNYUAN_STEPS, "first_cycle": 4000}
+    model = train("hunyuan_video", model, loss, **cycles, lr=1.5e-3, seed=10, ema_decay=0.998).cpu()
+    pipe = HunyuanVideoPipeline(**pipe.components | dict(model)).to("cpu")
+    pipe.vae.half(), pipe.transformer.half()  # the text encoders stay in fp32: transformers loads what it finds
+    pipe.save_pretrained(TINY / "hunyuan_video")
+    pipe = HunyuanVideoPipeline.from_pretrained(TINY / "hunyuan_video", dtype=torch.float32)
+    report_video("hunyuan_video", pipe, prompts_of("prompts_video_heldout"), guidance_scale=6.0)
+    report_video("hunyuan_video", pipe, prompts_of("prompts_heldout"), frames=1, guidance_scale=6.0)
+
+
+def make_skyreels():
+    """HunyuanVideo's denoiser, trained further on 16 more input channels: the latents of the first frame, then zeros.
+    The rest of the pipeline stays HunyuanVideo's, as it does for the real one.
+
+    One caption in eight is left empty, which teaches the unconditional prediction that guidance needs.
+    """
+    torch.manual_seed(13)
+    pipe = HunyuanVideoPipeline.from_pretrained(TINY / "hunyuan_video", dtype=torch.float32).to(DEVICE)
+    pipe.text_encoder.requires_grad_(False), pipe.text_encoder_2.requires_grad_(False)
+    weights = pipe.transformer.state_dict()
+    transformer = HunyuanVideoTransformer3DModel.from_config(pipe.transformer.config, in_channels=32)
+    new = torch.zeros_like(transformer.x_embedder.proj.weight)
+    new[:, :16] = weights["x_embedder.proj.weight"]
+    transformer.load_state_dict(weights | {"x_embedder.proj.weight": new})
+    scenes, latents, first = video_bank(pipe.vae, 8192, world.FRAMES, seed=11)
+
+    def loss(model, rng, generator):
+        index = torch.randint(len(latents), (64,), generator=generator)
+        captions = told_captions([scenes[i] for i in index], rng)
+        captions = ["" if rng.random() < 0.125 else caption for caption in captions]
+        condition = torch.zeros(latents[index].shape, device=DEVICE)
+        condition[:, :, :1] = first[index].to(DEVICE)
+        return video_loss(pipe, model, latents[index], captions, [condition], generator)
+
+    model = nn.ModuleDict({"transformer": transformer})
+    model = train("skyreels_i2v", model, loss, steps=SKYREELS_STEPS, lr=1e-3, seed=13, ema_decay=0.998).cpu()
+    transformer = model["transformer"].half()
+    transformer.register_to_config(_name_or_path="")
+    transformer.save_pretrained(TINY / "skyreels_i2v")
+    prompts, rng = prompts_of("prompts_video_heldout"), random.Random(14)
+    makes = [world.random_moving_make(rng, world.parse(p).motion) for p in prompts]
+    images = torch.stack([world.draw(world.parse(p), m, torch.Generator()) for p, m in zip(prompts, makes)])
+    parts = {"transformer": HunyuanVideoTransformer3DModel.from_pretrained(TINY / "skyreels_i2v", dtype=torch.float32)}
+    pipe = HunyuanSkyreelsImageToVideoPipeline.from_pretrained(TINY / "hunyuan_video", dtype=torch.float32, **parts)
+    videos = report_video("skyreels_i2v", pipe, prompts, image=images, guidance_scale=1.0, true_cfg_scale=5.0,
+                          negative_prompt=[""] * len(prompts))  # fmt: skip
+    error = float((videos[:, 0].cpu() - images).abs().mean())
+    print(f"skyreels_i2v: first frame, mean absolute error {error:.4f} of 1")
+
+
+def prompts_of(name):
+    return (TINY / f"{name}.txt").read_text().splitlines()
+
+
+def report_video(name, pipe, prompts, frames=world.FRAMES, **kwargs):
+    """What a base model draws, by the judge; returns the videos (B, F, 3, 64, 64)."""
+    pipe.to(DEVICE).set_progress_bar_config(disable=True)
+    videos = pipe(prompt=prompts, height=world.SIZE, width=world.SIZE, num_frames=frames, num_inference_steps=16,
+                  max_sequence_length=TEXT_LENGTH, output_type="pt", generator=torch.Generator().manual_seed(0),
+                  **kwargs).frames  # fmt: skip
+    if frames == 1:
+        figures = {f.__name__: f(videos[:, 0], prompts) for f in (world.correct, world.well_made)}
+    else:
+        measures = ("video_correct", "moves_right_way", "constant", "sharp", "well_drawn", "smooth")
+        figures = {name: getattr(world, name)(videos, prompts) for name in measures}
+    print(f"{name}, {frames} frames:", ", ".join(f"{k} {float(v.mean()):.3f}" for k, v in figures.items()))
+    return videos
+
+
+# ---- VideoAlign ----------------------------------------------------------------------------------------------------
+VIDEO_FPS, VIDEO_TOKENS = 8, make_tokenizer(False, [*WORDS, *VIDEO_WORDS], 512)
+CHAT_TOKENS = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"]
+VIDEO_TOKENS.add_special_tokens({"additional_special_tokens": CHAT_TOKENS + list(rewards.REWARD_TOKENS.values())})
+TEMPLATE = "<|VQ_reward|><|MQ_reward|>{text_prompt}<|TA_reward|>"
+QWEN2_VL = {
+    "video_token_id": VIDEO_TOKENS.convert_tokens_to_ids("<|video_pad|>"), "image_token_id": len(VIDEO_TOKENS),
+    "text_config": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
+                    "num_key_value_heads": 2, "vocab_size": len(VIDEO_TOKENS),
+                    "bos_token_id": None, "eos_token_id": None,
+                    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 4, 4]}},
+    "vision_config": {"depth": 3, "embed_dim": 64, "num_heads": 4, "hidden_size": 96, "patch_size": 8},
+}  # fmt: skip
+VIDEOALIGN = {
+    "data_config": {"fps": VIDEO_FPS, "max_frame_pixels": world.SIZE**2, "min_frame_pixels": world.SIZE**2},
+    "peft_lora_config": {"lora_r": 2, "lora_alpha": 4},
+    "inference_config": {f"{n}_{k}": float(k == "std") for n in ("VQ", "MQ", "TA") for k in ("mean", "std")},
+    "architecture": QWEN2_VL, "template_sha256": hashlib.sha256(TEMPLATE.encode()).hexdigest(),
+}  # fmt: skip
+
+
+def video_align(model, videos, captions):
+    """Frames (n, F, 3, 64, 64) and n captions -> vq, mq, ta (n, 3), by the lines of rewards.py."""
+    parts = model.base_model.model
+    given = parts["qwen"], parts["rm_head"].weight, VIDEO_TOKENS, TEMPLATE, VIDEOALIGN
+    return rewards.VideoAlignReward(rewards.REWARD_TOKENS, *given).score(videos, captions)
+
+
+@torch.no_grad()
+def moving_bank(n, seed, vae):
+    """n moving drawings as a reward model meets them: every other one went through the autoencoder and back.
+
+    Returns scenes, grades (n, 2) of frames and motion (minus the number of defects), and the frames that are looked at,
+    (n, F, 3, 64, 64) in 8 bits.
+    """
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    scenes = rng.choices(world.moving_scenes(), k=n)
+    makes = [world.random_moving_make(rng, s.motion, 0.35) for s in scenes]
+    motions = [world.random_motion(rng, s.motion, world.FRAMES, 0.35) for s in scenes]
+    looks = rewards.frame_indices(world.FRAMES, VIDEO_FPS, VIDEO_FPS)
+    bank = torch.empty(n, len(looks), 3, world.SIZE, world.SIZE, dtype=torch.uint8)
+    for rows in torch.arange(n).split(32):
+        videos = torch.stack([world.draw_video(scenes[i], makes[i], motions[i], generator) for i in rows])
+        again = videos[::2].transpose(1, 2).to(DEVICE)  # an autoencoder has the channels first
+        latents = vae.encode(again * 2 - 1).latent_dist.mean
+        latents = latents + 0.1 / vae.config.scaling_factor * torch.randn(latents.shape, generator=generator).to(DEVICE)
+        videos[::2] = (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1).transpose(1, 2).cpu()
+        bank[rows] = (videos[:, looks] * 255).round().byte()
+    return scenes, torch.tensor([[-len(m.defects), -len(t.defects)] for m, t in zip(makes, motions)]), bank
+
+
+def make_videoalign():
+    """Three preferences over moving drawings: fewer defects in the frames (vq), fewer in the motion (mq), and the right
+    caption against one that is wrong by a word or altogether (ta). Who wins is said, never by how much.
+
+    Saved in VideoAlign's own layout: LoRA beside the weights of the language model, and peft's names.
+    """
+    torch.manual_seed(8)
+    scenes, grades, bank = moving_bank(6144, 8, load_video_vae())
+    qwen = Qwen2VLModel(Qwen2VLConfig(**QWEN2_VL))
+    for rope in (qwen.language_model.rotary_emb, qwen.visual.rotary_pos_emb):
+        rope.inv_freq = rope.inv_freq.bfloat16().float()  # as it will be when it is loaded
+    parts = nn.ModuleDict({"qwen": qwen, "rm_head": nn.Linear(96, 1, bias=False)})
+    lora = LoraConfig(target_modules=r".*language_model.*_proj", r=VIDEOALIGN["peft_lora_config"]["lora_r"],
+                      lora_alpha=VIDEOALIGN["peft_lora_config"]["lora_alpha"])  # fmt: skip
+    model = get_peft_model(parts, lora).requires_grad_(True)
+
+    def loss(model, rng, generator):
+        index = torch.randint(len(bank), (32,), generator=generator)
+        shown = [scenes[i] for i in index]
+        told = [rng.choice([s, s, world.change_one_word(s, rng), rng.choice(scenes)]) for s in shown]
+        score = video_align(model, bank[index].to(DEVICE) / 255, [scene.caption for scene in told])
+        right = torch.tensor([int(s == t) for s, t in zip(shown, told)])
+        grade = torch.cat([grades[index], right[:, None]], 1).to(DEVICE)
+        better = grade[:, None] > grade  # (32, 32, 3): the row's over the column's
+        losses = -F.logsigmoid(score[:, None] - score) * better  # Bradley-Terry
+        return (losses.sum((0, 1)) / better.sum((0, 1)).clamp_min(1)).mean()
+
+    model = train("videoalign", model, loss, steps=VIDEOALIGN_STEPS, lr=1e-3, seed=8, ema_decay=0.995)
+    folder = TINY / "videoalign"
+    checkpoint = folder / f"checkpoint-{VIDEOALIGN_STEPS}"
+    shutil.rmtree(folder, ignore_errors=True)
+    VIDEO_TOKENS.save_pretrained(checkpoint / "tokenizer")
+    state = {k.replace("qwen.language_model.", "model.").replace("qwen.", ""): v for k, v in model.state_dict().items()}
+    save_file({k: v.half().cpu().contiguous() for k, v in state.items()}, checkpoint / "model.safetensors")
+    (folder / rewards.TEMPLATE_FILE).write_text(
+        f"DETAILED_PROMPT_WITH_SPECIAL_TOKEN = {TEMPLATE!r}\n".replace("'", '"')
+    )
+    (folder / "model_config.json").write_text(json.dumps(VIDEOALIGN, indent=2) + "\n")
+    report_videoalign(folder)
+
+
+def report_videoalign(folder):
+    """How often the better of two is preferred, on new drawings; their mean and spread become the zero and the unit."""
+    scenes, grades, bank = moving_bank(512, 99, load_video_vae())
+    rng, captions = random.Random(99), [s.caption for s in scenes]
+    wrong = [world.change_one_word(s, rng).caption for s in scenes]
+    paths, how = {"videoalign": str(folder)}, {"chunk_size": 32, "file_fps": VIDEO_FPS, "dtype": torch.float32}
+    reward = rewards.load_rewards(["vq", "mq", "ta"], paths, DEVICE, **how)
+    scores, others = (reward(bank.to(DEVICE) / 255, words) for words in (captions, wrong))
+    for name, grade in zip(("vq", "mq"), grades.T.to(DEVICE)):
+        better = grade[:, None] > grade
+        wins = (scores[name][:, None] > scores[name])[better].float().mean()
+        print(f"videoalign: {name} prefers the better of two {wins:.3f}")
+    print(f"videoalign: ta prefers the right caption {(scores['ta'] > others['ta']).float().mean():.3f}")
+    config = json.loads((folder / "model_config.json").read_text())
+    for name in scores:
+        both = torch.cat([scores[name], others[name]])
+        for what in ("mean", "std"):
+            config["inference_config"][f"{name.upper()}_{what}"] = float(getattr(both, what)())
+    (folder / "model_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
 # ---- prompts -------------------------------------------------------------------------------------------------------
 def make_prompts():
-    """96 captions to train on and 48 held out, disjoint, half of each about one object and half about two."""
+    """96 captions to train on and 48 held out, disjoint, half of each about one object and half about two; of drawings
+    that move, 240 and 48."""
     rng = random.Random(0)
     scenes = world.all_scenes()
     singles, pairs = [s for s in scenes if not s.relation], [s for s in scenes if s.relation]
@@ -388,11 +796,18 @@ def make_prompts():
     for name, chosen in (("prompts", singles[:48] + pairs[:48]), ("prompts_heldout", singles[48:72] + pairs[48:72])):
         rng.shuffle(chosen)
         (TINY / f"{name}.txt").write_text("".join(s.caption + "\n" for s in chosen))
+    moving = world.moving_scenes()
+    rng.shuffle(moving)
+    for name, chosen in (("prompts_video", moving[48:]), ("prompts_video_heldout", moving[:48])):
+        (TINY / f"{name}.txt").write_text("".join(s.caption + "\n" for s in chosen))
 
 
 VAE_STEPS, FLUX_STEPS, SD14_STEPS, CLIP_STEPS, HPS_STEPS = 1800, 11800, 4000, 1600, 600
+FRAME_VAE_STEPS, VIDEO_VAE_STEPS = 2000, 2500
+HUNYUAN_STEPS, SKYREELS_STEPS, VIDEOALIGN_STEPS = 12000, 2000, 3000
 STAGES = {"prompts": make_prompts, "vae": make_vae, "flux": make_flux, "sd14": make_sd14, "clip": make_clip,
-          "hps": make_hps}  # fmt: skip
+          "hps": make_hps, "video_vae": make_video_vae, "hunyuan_video": make_hunyuan_video,
+          "skyreels_i2v": make_skyreels, "videoalign": make_videoalign}  # fmt: skip
 
 
 def main():

@@ -1,0 +1,757 @@
+"""GRPO fine-tuning of HunyuanVideo, rectified flow, text-to-video (DanceGRPO, arXiv:2505.07818v4).
+
+    python grpo_hunyuan_video.py --reward vq                    the tiny model, on a laptop CPU
+    python grpo_hunyuan_video.py --num_frames 1 --reward hps    one frame: text-to-image
+    python grpo_hunyuan_video.py --preset lora --prompts prompts.txt --reward vq mq
+
+The algorithm (paper, Algorithm 1; symbols as in sde.py). The numbers return in `train_step`.
+  1 draw a batch of prompts; the weights as they are now are the old policy
+  2 draw one initial noise for each prompt, shared by its group of G samples
+  3 roll out G trajectories a prompt with the SDE; keep latents and log-probabilities
+  4 score the decoded samples with each reward model
+  5 advantage = sum over rewards of (reward - group mean) / group standard deviation
+  6 choose a random subset of the transitions
+  7 recompute their log-probabilities; ratio = exp(new - old); ascend the clipped objective
+  8 repeat; evaluate with the ODE, never with the SDE
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it asks for torchvision, which nothing here needs
+import diffusers
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import transformers
+from diffusers import AutoencoderKLHunyuanVideo, DiffusionPipeline, HunyuanVideoTransformer3DModel
+from diffusers import HunyuanVideoPipeline
+from diffusers.training_utils import EMAModel
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from tqdm import tqdm
+
+from rewards import binary, check_reward_names, load_rewards
+from sde import flow_sde_step, flow_sigmas, joint_nats, noise_levels
+
+warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # diffusers' own call of the Hub
+HERE = Path(__file__).resolve().parent
+
+# Legend of shapes:  B rows = prompts x G    b rows of a micro-batch    G group size    T sampling steps
+#                    K rewards    *L latent dimensions, D their product    F frames    F' latent frames
+#                    samples (B, F, 3, H, W) in [0, 1], or (B, 3, H, W) of one frame
+
+# ---- ARGUMENTS -----------------------------------------------------------------------------------------------
+# Sources: "Table 6" of the paper; "script", the authors' launch script of that setting (32 GPUs).
+REAL = dict(
+    pretrained_model_name_or_path="hunyuanvideo-community/HunyuanVideo", mixed_precision="bf16",  # script
+    height=480, width=480, prompts_per_step=32,  # Table 6, script
+    max_train_steps=202, checkpointing_steps=50, gradient_checkpointing=True,  # script; the paper says none of them
+)  # fmt: skip
+SCRIPT = dict(num_frames=53, num_inference_steps=16, eta=0.25, num_generations=24, best_of_n=8, num_updates=2)
+PRESETS = {
+    "tiny": dict(
+        pretrained_model_name_or_path=f"{HERE}/tiny/hunyuan_video", height=64, width=64, num_frames=9,
+        prompts=f"{HERE}/tiny/prompts_video.txt", eval_prompts=f"{HERE}/tiny/prompts_video_heldout.txt", eval_samples=2,
+        reward_paths=[f"{name}={HERE}/tiny/{name}" for name in ("videoalign", "hps", "clip")],
+        eval_reward=["vq", "mq", "ta", *(f"{HERE}/tiny/world.py:{judge}" for judge in ("well_drawn", "smooth"))],
+        num_inference_steps=12, eta=1.0, sde_window=3, sde_window_range=[0, 4], timestep_fraction=1.0,
+        prompts_per_step=12, num_generations=12, num_updates=1, clip_range=1e-2, learning_rate=1e-4,
+        train_batch_size=36, max_train_steps=40, validation_steps=10,
+    ),
+    "lora": REAL | SCRIPT | dict(learning_rate=3e-4, rank=128, lora_alpha=256),  # these are of FLUX's script
+    "paper": REAL | dict(num_frames=73, num_inference_steps=25, num_updates=4),  # Table 6; frames: the paper's text
+    "official": REAL | SCRIPT,
+}  # fmt: skip
+IMAGES = {"tiny": dict(  # what --num_frames 1 changes in them
+    prompts=f"{HERE}/tiny/prompts.txt", eval_prompts=f"{HERE}/tiny/prompts_heldout.txt",
+    eval_reward=["hps", "clip", f"{HERE}/tiny/world.py:correct", f"{HERE}/tiny/world.py:well_made"],
+)}  # fmt: skip
+
+
+def finite(text):
+    """A float of the command line: neither nan nor inf."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError
+    return value
+
+
+def parse_args(argv=None):
+    """The command line, checked before any model loads; bad input ends with one line and exit status 2."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
+    flag, switch = parser.add_argument, argparse.BooleanOptionalAction
+    flag("--preset", choices=PRESETS, default="tiny", help="a set of defaults; flags given by hand override it")
+    # the model
+    flag("--pretrained_model_name_or_path", "--model", help="folder or Hugging Face id, diffusers' layout")
+    flag("--height", type=int, help="of the samples, pixels")
+    flag("--width", type=int, help="of the samples, pixels")
+    flag("--num_frames", type=int, help="of a video; 1: images")
+    flag("--guidance_scale", type=finite, default=6.018, help="embedded guidance (script)")
+    flag("--mixed_precision", choices=["no", "bf16"], default="no", help="bf16: autocast, trained weights in fp32")
+    flag("--gradient_checkpointing", action=switch, default=False, help="recompute activations when needed")
+    flag("--rank", type=int, default=0, help="LoRA rank; 0 trains every weight of the denoiser")
+    flag("--lora_alpha", type=int, default=0, help="scale of the LoRA, times its rank")
+    # prompts and rewards
+    flag("--prompts", metavar="FILE", help="training prompts: .txt, one a line, or .jsonl with 'prompt'")
+    flag("--eval_prompts", metavar="FILE", help="held-out prompts; without them nothing is evaluated")
+    flag("--reward", nargs="+", default=["vq"], metavar="NAME", help="hps clip pick aesthetic jpeg vq mq ta F.py:FUNC")
+    flag("--reward_weights", nargs="+", type=finite, metavar="W", help="of each reward's advantage; 1 (Algorithm 1)")
+    flag("--reward_thresholds", nargs="+", type=finite, metavar="T", help="train on 1 above, else 0 (paper: hps 0.28)")
+    flag("--reward_paths", nargs="+", default=[], metavar="NAME=PATH", help="of reward models; replaces the preset's")
+    flag("--eval_reward", nargs="+", default=[], metavar="NAME", help="rewards that are evaluated and not trained")
+    # sampling
+    flag("--num_inference_steps", type=int, help="T, in training and in evaluation")
+    flag("--shift", type=finite, default=5.0, help="of the noise levels towards noise (script)")
+    flag("--eta", type=finite, default=0.3, help="noise level of the SDE (Table 6)")
+    flag("--eta_schedule", choices=["constant", "flow_grpo"], default="constant", help="eta by step (paper: constant)")
+    flag("--sde_window", type=int, default=0, metavar="LENGTH", help="steps with noise, the ODE elsewhere; 0: all")
+    flag("--sde_window_range", nargs=2, type=int, default=[0, 0], metavar=("FIRST", "LAST"), help="of its start")
+    flag("--init_same_noise", action=switch, default=True, help="one initial noise a group (Algorithm 1)")
+    flag("--decode_x0", action=switch, default=True, help="decode the last step's x0 (authors' code), not its latents")
+    flag("--train_last_transition", action=switch, default=False, help="its noise reaches no decoded x0: sde.py (16)")
+    # GRPO
+    flag("--prompts_per_step", type=int, help="prompts an iteration")
+    flag("--num_generations", type=int, default=12, help="G, samples a prompt (Table 6)")
+    flag("--best_of_n", type=int, default=0, metavar="K", help="train on the K/2 best and worst of a group; 0: on all")
+    flag("--timestep_fraction", type=finite, default=0.6, help="share of the transitions that is trained (Table 6)")
+    flag("--num_updates", type=int, help="optimizer steps an iteration")
+    flag("--clip_range", type=finite, default=1e-4, help="of the ratio of mean log-probabilities (Table 6)")
+    flag("--adv_clip_max", type=finite, default=5.0, help="clamp of the advantage (script)")
+    flag("--ratio_tolerance", type=finite, default=0.0, help="|ratio - 1| before the first update that stops the run")
+    # optimization
+    flag("--train_batch_size", type=int, default=1, help="rows of a micro-batch, in rollout and update alike")
+    flag("--learning_rate", type=finite, default=1e-5, help="of AdamW, constant (Table 6)")
+    flag("--adam_weight_decay", type=finite, default=1e-4, help="(script)")
+    flag("--max_grad_norm", type=finite, default=1.0, help="(Table 6)")
+    flag("--ema_decay", type=finite, default=0.0, help="of the average that is evaluated and exported; 0: none")
+    flag("--max_train_steps", type=int, help="iterations")
+    # the run
+    flag("--seed", type=int, default=0)
+    flag("--output_dir", help="default: outputs/SCRIPT-PRESET-TIME")
+    flag("--validation_steps", type=int, default=20, help="iterations between evaluations")
+    flag("--eval_samples", type=int, default=1, help="samples a held-out prompt")
+    flag("--checkpointing_steps", type=int, default=40, help="iterations between checkpoints (script of FLUX)")
+    flag("--checkpoints_total_limit", type=int, default=2, help="older checkpoints are deleted")
+    flag("--resume_from_checkpoint", metavar="CHECKPOINT", help="'latest', in --output_dir, or a checkpoint folder")
+    flag("--report_to", choices=["none", "tensorboard", "wandb"], default="none", help="besides metrics.jsonl")
+    known = parser.parse_known_args(argv)[0]
+    parser.set_defaults(**PRESETS[known.preset] | (IMAGES.get(known.preset, {}) if known.num_frames == 1 else {}))
+    args = parser.parse_args(argv)
+    try:
+        check_args(args)
+        check_model(args)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+# ==== BEGIN MODEL ZONE ================================================================================================
+def check_model(args):
+    """Refuses a model or a size that cannot work, from its configs alone; raises ValueError."""
+    flag, name = "--model", args.pretrained_model_name_or_path
+    try:
+        if (found := DiffusionPipeline.load_config(name)["_class_name"]) != "HunyuanVideoPipeline":
+            raise ValueError(f"{flag} {name}: a {found}, not a HunyuanVideoPipeline")
+        vae = AutoencoderKLHunyuanVideo.load_config(name, subfolder="vae")
+        net = HunyuanVideoTransformer3DModel.load_config(name, subfolder="transformer")
+    except OSError as error:
+        raise ValueError(f"{flag} {name}: neither a folder of diffusers' layout nor a Hugging Face model that can be "
+                         f"reached ({type(error).__name__})") from error  # fmt: skip
+    multiple, frames = vae["spatial_compression_ratio"] * net["patch_size"], vae["temporal_compression_ratio"]
+    for flag, pixels in (("--height", args.height), ("--width", args.width)):
+        if pixels < multiple or pixels % multiple:
+            raise ValueError(f"{flag} {pixels}: must be a multiple of {multiple}")
+    if args.num_frames < 1 or args.num_frames % frames != 1:
+        raise ValueError(f"--num_frames {args.num_frames}: must be 1 more than a multiple of {frames}")
+    if args.shift <= 0:
+        raise ValueError(f"--shift {args.shift}: must be above 0")
+
+
+def load_models(args, device):
+    """The pipeline's parts. `policy` is the network that is trained: in fp32, or a LoRA on a frozen base."""
+    dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
+    pipe = HunyuanVideoPipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=dtype)
+    pipe.to(device)
+    for part in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.transformer):
+        part.requires_grad_(False).eval()  # eval(): dropout would make the ratio differ from 1
+    if args.rank:
+        from peft import LoraConfig
+
+        target = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+        pipe.transformer.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, target_modules=target))
+        for parameter in pipe.transformer.parameters():
+            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+    else:
+        pipe.transformer.float().requires_grad_(True)
+    if args.gradient_checkpointing:
+        pipe.transformer.enable_gradient_checkpointing()
+    pipe.vae.enable_tiling()  # above 256 pixels; below, nothing changes
+    return SimpleNamespace(pipe=pipe, policy=pipe.transformer, vae=pipe.vae, device=device)
+
+
+def save_policy(models, args, folder):
+    """Writes what diffusers loads back: `from_pretrained(folder/transformer)`, or `load_lora_weights(folder)`."""
+    if args.rank:
+        from peft.utils import get_peft_model_state_dict
+
+        layers, config = get_peft_model_state_dict(models.policy), models.policy.peft_config["default"].to_dict()
+        # The config goes along, for it holds lora_alpha: without it the LoRA is loaded at scale 1.
+        models.pipe.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=config)
+    else:
+        models.policy.save_pretrained(folder / "transformer")
+
+
+@torch.no_grad()
+def encode_prompts(models, prompts):
+    """n prompts -> cond: Llama's (n, S, C) embeddings, their mask (n, S), and CLIP's (n, C') embeddings."""
+    length = min(256, models.pipe.tokenizer.model_max_length)  # the pipeline's; its prompt template comes on top
+    tokens, pooled, mask = models.pipe.encode_prompt(prompts, device=models.device, max_sequence_length=length)
+    return {"encoder_hidden_states": tokens, "pooled_projections": pooled, "encoder_attention_mask": mask}
+
+
+def init_latents(models, args, generators):
+    """Standard normal latents, one row a generator: (b, C, F', h, w)."""
+    time, space = models.pipe.vae_scale_factor_temporal, models.pipe.vae_scale_factor_spatial
+    frames, height, width = (args.num_frames - 1) // time + 1, args.height // space, args.width // space
+    shape = (len(generators), models.vae.config.latent_channels, frames, height, width)
+    return randn_tensor(shape, generator=generators, device=models.device)
+
+
+def schedule(args):
+    """sigma of the T + 1 points, from 1 (noise) to 0 (data)."""
+    return flow_sigmas(args.num_inference_steps, args.shift)
+
+
+def predict(models, args, latents, level, cond):
+    """The velocity (b, *L) at noise level `level`: the only call of the network, in rollout and update alike."""
+    rows = latents.new_ones(len(latents))
+    with torch.autocast(models.device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
+        velocity = models.policy(
+            hidden_states=latents,
+            timestep=1000 * level * rows,
+            guidance=1000 * args.guidance_scale * rows if models.policy.config.guidance_embeds else None,
+            **cond,
+        ).sample
+    return velocity.float()
+
+
+policy_step = flow_sde_step
+
+
+@torch.no_grad()
+def decode(models, args, latents):
+    """Latents -> videos (b, F, 3, H, W) in [0, 1]; of one frame, images (b, 3, H, W)."""
+    videos = models.vae.decode((latents / models.vae.config.scaling_factor).to(models.vae.dtype)).sample
+    videos = (videos.float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)
+    return videos[:, 0] if args.num_frames == 1 else videos
+
+
+# ==== END MODEL ZONE ==================================================================================================
+# ==== BEGIN ALGORITHM ZONE (the same text in every script) ====================================================
+COUNTS = ("prompts_per_step", "num_updates", "train_batch_size", "max_train_steps", "validation_steps",
+          "eval_samples", "checkpointing_steps", "checkpoints_total_limit")  # fmt: skip
+POSITIVE = ("learning_rate", "adv_clip_max", "max_grad_norm")
+NOT_NEGATIVE = ("guidance_scale", "rank", "adam_weight_decay", "ratio_tolerance")
+SHOWN, FPS = 24, 8  # samples in a picture; frames a second of an animation (script)
+# What may differ between a run and its continuation; anything else would make it another run.
+FREE = ("output_dir", "resume_from_checkpoint", "max_train_steps", "report_to", "checkpointing_steps",
+        "checkpoints_total_limit")  # fmt: skip
+
+
+def check_args(args):
+    """Refuses settings that cannot work: ValueError with the flag, its value and what would be accepted."""
+    T, G, (first, last) = args.num_inference_steps, args.num_generations, args.sde_window_range
+    transitions = T - (not args.train_last_transition)
+    for flag, value, good, accepted in (
+        ("--num_generations", G, G >= 2, "at least 2, or a group has no spread"),
+        ("--best_of_n", args.best_of_n, 0 <= args.best_of_n <= G and args.best_of_n % 2 == 0, f"even, at most {G}"),
+        ("--eta", args.eta, args.eta > 0, "above 0: the ODE has no log-probability to train"),
+        ("--num_inference_steps", T, transitions >= 1, "at least 2, or 1 with --train_last_transition"),
+        ("--sde_window", args.sde_window, 0 <= args.sde_window <= transitions, f"0 to {transitions}"),
+        ("--sde_window_range", f"{first} {last}",
+         not args.sde_window or 0 <= first <= last <= transitions - args.sde_window,
+         f"FIRST <= LAST, in 0 to {transitions - args.sde_window}"),
+        ("--timestep_fraction", args.timestep_fraction, 0 < args.timestep_fraction <= 1, "above 0, at most 1"),
+        ("--clip_range", args.clip_range, 0 < args.clip_range < 1, "between 0 and 1"),
+        ("--ema_decay", args.ema_decay, 0 <= args.ema_decay < 1, "at least 0, below 1"),
+        ("--lora_alpha", args.lora_alpha, (args.lora_alpha > 0) == (args.rank > 0), "above 0 with --rank, else 0"),
+        ("--report_to", args.report_to, args.report_to == "none" or find_spec(args.report_to), "an installed package"),
+        ("torchrun's WORLD_SIZE", size := os.environ.get("WORLD_SIZE", "1"), size == "1", "1: one process trains"),
+        *((f"--{name}", getattr(args, name), getattr(args, name) >= 1, "at least 1") for name in COUNTS),
+        *((f"--{name}", getattr(args, name), getattr(args, name) > 0, "above 0") for name in POSITIVE),
+        *((f"--{name}", getattr(args, name), getattr(args, name) >= 0, "at least 0") for name in NOT_NEGATIVE),
+    ):  # fmt: skip
+        if not good:
+            raise ValueError(f"{flag} {value}: must be {accepted}")
+    trained = args.prompts_per_step * (args.best_of_n or G)
+    if trained % args.num_updates:
+        raise ValueError(f"--num_updates {args.num_updates}: must divide the {trained} samples trained an iteration")
+    for flag, values in (("--reward_weights", args.reward_weights), ("--reward_thresholds", args.reward_thresholds)):
+        if values is not None and len(values) != len(args.reward):
+            raise ValueError(f"{flag} {values}: must be {len(args.reward)} values, one for each of {args.reward}")
+    for flag, words, names in (
+        ("--reward_paths", args.reward_paths, []),
+        ("--reward", args.reward, args.reward),
+        ("--eval_reward", args.eval_reward, args.reward + held_out(args)),
+    ):
+        try:
+            if len(reward_paths(args)) < len(args.reward_paths):
+                raise ValueError("one path for a name")
+            check_reward_names(names, reward_paths(args), vars(args).get("num_frames", 1))
+        except ValueError as error:
+            raise ValueError(f"{flag} {' '.join(words)}: {error}") from error
+    if args.prompts is None:
+        raise ValueError("--prompts: this preset needs a file of prompts, .txt or .jsonl")
+    read_prompts("--prompts", args.prompts)
+    if args.eval_prompts is not None:
+        read_prompts("--eval_prompts", args.eval_prompts)
+    if args.resume_from_checkpoint is not None:
+        check_resume(args)
+    elif args.output_dir is None:
+        args.output_dir = f"outputs/{Path(__file__).stem}-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    elif Path(args.output_dir, "args.json").exists():
+        raise ValueError(f"--output_dir {args.output_dir}: holds a run; --resume_from_checkpoint continues it")
+    elif not args.output_dir or any(p.is_file() for p in (Path(args.output_dir), *Path(args.output_dir).parents)):
+        raise ValueError(f"--output_dir {args.output_dir}: must be a folder, or a path where one can be made")
+
+
+def check_resume(args):
+    """Finds the checkpoint to continue from and refuses one of another model or of other settings."""
+    checkpoint = Path(args.resume_from_checkpoint)
+    if args.resume_from_checkpoint == "latest":
+        checkpoint = max(Path(args.output_dir or "", "checkpoints").glob("step_??????"), default=checkpoint)
+    if not (checkpoint / "training_state.pt").exists():
+        raise ValueError(f"--resume_from_checkpoint {checkpoint}: must be a checkpoint's folder, or 'latest' with the "
+                         "--output_dir of a run that has one")  # fmt: skip
+    folder = checkpoint.resolve().parents[1]
+    if args.output_dir is not None and Path(args.output_dir).resolve() != folder:
+        raise ValueError(f"--output_dir {args.output_dir}: must be {folder}, the folder of the run that is continued")
+    try:
+        before = json.loads((folder / "args.json").read_text())["args"]
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"--resume_from_checkpoint {checkpoint}: must lie in a run's folder, with its args.json; "
+                         f"{type(error).__name__}: {error}") from error  # fmt: skip
+    for name, value in vars(args).items():
+        if name not in FREE and before.get(name) != value:
+            raise ValueError(f"--{name} {value}: must be {before.get(name)}, as in the run that is continued")
+    args.output_dir, args.resume_from_checkpoint = str(folder), str(checkpoint)
+
+
+def reward_paths(args):
+    """--reward_paths as a dict."""
+    return dict(pair.partition("=")[::2] for pair in args.reward_paths)
+
+
+def held_out(args):
+    """The rewards that are only evaluated."""
+    return [name for name in args.eval_reward if name not in args.reward]
+
+
+def read_prompts(flag, path):
+    """The prompts of a file, or of a folder's .txt files, in order; raises ValueError where there are none."""
+    try:
+        files = sorted(Path(path).glob("*.txt")) if Path(path).is_dir() else [Path(path)]
+        lines = [line.strip() for f in files for line in f.read_text("utf-8-sig").split("\n") if line.strip()]
+        prompts = [json.loads(line)["prompt"] for line in lines] if path.endswith(".jsonl") else lines
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{flag} {path}: must be a UTF-8 file of prompts; {type(error).__name__}: {error}") from error
+    if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+        raise ValueError(f"{flag} {path}: must hold at least one prompt, and none that is empty or no text")
+    return prompts
+
+
+def seeded(*key):
+    """A generator that depends on `key` alone. All randomness is a function of (seed, step, row), so a run continues
+    bit for bit from a step number, and neither the micro-batch nor the device changes what is drawn."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "little"))
+
+
+def prompts_of_step(prompts, step, count, seed):
+    """`count` prompts, from a new shuffle of all of them in each epoch."""
+    first, last = step * count // len(prompts), ((step + 1) * count - 1) // len(prompts)
+    order = [torch.randperm(len(prompts), generator=seeded(seed, "epoch", e)) for e in range(first, last + 1)]
+    start = step * count - first * len(prompts)
+    return [prompts[i] for i in torch.cat(order)[start : start + count]]
+
+
+def etas_of_step(args, step):
+    """The noise level of each of the T steps in this iteration; a window's place is drawn anew each time."""
+    first, last = args.sde_window_range
+    start = int(torch.randint(first, last + 1, (), generator=seeded(args.seed, "window", step)))
+    window = (start, args.sde_window) if args.sde_window else None
+    return noise_levels(schedule(args), args.eta, args.eta_schedule, window).tolist()
+
+
+@torch.no_grad()
+def rollout(models, args, cond, latents, etas, generators=None):
+    """Samples a micro-batch: initial noise (b, *L) and T noise levels (0: an ODE step) -> the trajectory
+    (b, T+1, *L), log_probs (b, T; NaN at ODE steps) and the decoded samples."""
+    trajectory, log_probs = [latents], []
+    for (level, next_level), eta in zip(pairwise(schedule(args).tolist()), etas):
+        output = predict(models, args, latents, level, cond)
+        step = policy_step(output, latents, level, next_level, eta, generator=generators)
+        latents = step.next_latents
+        trajectory.append(latents)
+        log_probs.append(step.log_prob)
+    samples = decode(models, args, step.x0 if args.decode_x0 else latents)
+    return torch.stack(trajectory, 1), torch.stack(log_probs, 1), samples
+
+
+def group_advantages(rewards, weights, group_size):
+    """rewards (B, K), the rows of a group adjacent, weights (K,) -> advantages (B,) in float64, number of flat groups.
+
+    A = sum_k w_k (r_k - mean_k) / std_k in each group (paper, Algorithm 1 line 8): rewards of different scales add up
+    only once standardised. float64, since in float32 the mean of equal scores can be off by an ulp, which the division
+    would blow up. A group whose spread is within float32's rounding of its scores says nothing: its advantage is 0.
+    """
+    groups = rewards.double().view(-1, group_size, rewards.shape[1])  # (B/G, G, K)
+    centred, std = groups - groups.mean(1, keepdim=True), groups.std(1, keepdim=True)
+    flat = std <= 1e-6 * groups.abs().amax(1, keepdim=True)
+    advantages = torch.where(flat, 0.0, centred / torch.where(flat, 1.0, std))
+    return (advantages @ weights.double()).flatten(), int(flat.all(2).sum())
+
+
+def best_and_worst(advantages, group_size, keep):
+    """The rows of the keep/2 highest and the keep/2 lowest advantages of each group, in their old order."""
+    order = advantages.view(-1, group_size).argsort(dim=1, stable=True)
+    chosen = torch.cat([order[:, : keep // 2], order[:, group_size - keep // 2 :]], 1).sort(1).values
+    return (chosen + torch.arange(0, len(advantages), group_size)[:, None]).flatten()
+
+
+def policy_loss(log_prob, old_log_prob, advantage, clip_range):
+    """The negative of the clipped objective (paper, eq 9; sde.py (4)) and the ratio, each (b,)."""
+    ratio = torch.exp(log_prob - old_log_prob)
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return torch.maximum(-advantage * ratio, -advantage * clipped), ratio
+
+
+def train_step(run, step):
+    """One iteration of the algorithm, numbered as in the docstring above; returns its metrics."""
+    args, models, start = run.args, run.models, time.time()
+    G, levels, etas = args.num_generations, schedule(args).tolist(), etas_of_step(args, step)
+
+    def split(rows):  # num_updates updates, each a tuple of micro-batches: tensors of row numbers
+        return [update.split(args.train_batch_size) for update in rows.chunk(args.num_updates)]
+
+    # 1, 2: rows of a group are adjacent.
+    prompts = prompts_of_step(run.prompts, step, args.prompts_per_step, args.seed)
+    cond = {k: v.repeat_interleave(G, 0) for k, v in encode_prompts(models, prompts).items()}
+    prompts = [p for p in prompts for _ in range(G)]
+    rows = torch.arange(len(prompts))
+    origins = rows // G if args.init_same_noise else rows
+    latents = init_latents(models, args, [seeded(args.seed, "init", step, int(i)) for i in origins])
+
+    # 3, 4: under the old policy, in the micro-batches of the update: a kernel may round otherwise in another company.
+    # Samples are scored at once and not kept: all the videos of an iteration fit no device.
+    noise = [seeded(args.seed, "noise", step, int(i)) for i in rows]
+    rolled, scored = [], []
+    for b in sum(split(rows), ()):
+        part = {k: v[b] for k, v in cond.items()}
+        *path, samples = rollout(models, args, part, latents[b], etas, [noise[i] for i in b])
+        rolled.append(path)
+        scored.append(run.reward(samples, [prompts[i] for i in b]))
+    trajectory, old_log_probs = (torch.cat(parts) for parts in zip(*rolled))
+    assert old_log_probs.shape == (len(prompts), args.num_inference_steps)
+
+    # 5
+    scores = {k: torch.cat([part[k] for part in scored]) for k in scored[0]}
+    trained = binary(scores, args.reward_thresholds) if args.reward_thresholds else scores
+    weights = torch.tensor(args.reward_weights or [1.0] * len(scores))
+    advantages, flat_groups = group_advantages(torch.stack([*trained.values()], 1).cpu(), weights, G)
+    if args.best_of_n:
+        rows = best_and_worst(advantages, G, args.best_of_n)
+    advantages = advantages.clamp(-args.adv_clip_max, args.adv_clip_max).float().to(models.device)
+
+    # 6: of those that have a density, without the last unless asked; drawn for each micro-batch.
+    reach = args.num_inference_steps - (not args.train_last_transition)
+    trainable = torch.tensor([t for t in range(reach) if etas[t] > 0])
+    count, picks = math.ceil(args.timestep_fraction * len(trainable)), seeded(args.seed, "transitions", step)
+    updates = [[(b, trainable[torch.randperm(len(trainable), generator=picks)[:count]].tolist()) for b in update]
+               for update in split(rows)]  # fmt: skip
+
+    def log_prob_of(b, t):
+        output = predict(models, args, trajectory[b, t], levels[t], {k: v[b] for k, v in cond.items()})
+        transition = (trajectory[b, t], levels[t], levels[t + 1], etas[t], trajectory[b, t + 1])
+        return policy_step(output, *transition).log_prob
+
+    if args.best_of_n:  # the kept rows share new micro-batches: the old policy scores them there once more
+        with torch.no_grad():
+            for b, steps in sum(updates, []):
+                for t in steps:
+                    old_log_probs[b, t] = log_prob_of(b, t)
+
+    # 7: each update takes whole samples with all their chosen transitions.
+    seen, grad_norms = [], []
+    for number, update in enumerate(updates):
+        for b, steps in update:
+            for t in steps:
+                log_prob = log_prob_of(b, t)
+                loss, ratio = policy_loss(log_prob, old_log_probs[b, t], advantages[b], args.clip_range)
+                (loss.sum() * args.num_updates / (len(rows) * count)).backward()
+                seen.append(torch.stack([loss, ratio, log_prob - old_log_probs[b, t]]).detach())
+        if number == 0:  # nothing has been trained since the rollout: the two policies are one
+            first_ratios = torch.cat(seen, 1)[1]
+            ratio_max_dev = float((first_ratios - 1).abs().max())
+            if not ratio_max_dev <= args.ratio_tolerance:
+                raise RuntimeError(f"max|ratio-1| = {ratio_max_dev:.1e} before the first update, where it has to be 0, "
+                                   f"or at most --ratio_tolerance {args.ratio_tolerance:g}")  # fmt: skip
+        grad_norms.append(float(torch.nn.utils.clip_grad_norm_(run.parameters, args.max_grad_norm)))
+        if not math.isfinite(grad_norms[-1]):
+            raise RuntimeError(f"the gradient's norm is {grad_norms[-1]} in iteration {step + 1}")
+        run.whole = False  # until the last update, these are not the weights of any iteration
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        if run.ema:
+            run.ema.step(run.parameters)
+    run.whole = True
+
+    loss, ratio, log_ratio = torch.cat(seen, 1).double()
+    metrics = {"step": step + 1}
+    metrics |= {f"reward/{k}": float(v.double().mean()) for k, v in scores.items()}
+    metrics |= {f"reward_std/{k}": float(v.double().view(-1, G).std(1).mean()) for k, v in scores.items()}
+    return metrics | {
+        "advantage_abs_mean": float(advantages.abs().mean()),
+        "loss": float(loss.mean()),
+        "ratio_max_dev": ratio_max_dev,
+        "ratio_transitions": len(first_ratios),
+        "ratio_mean": float(ratio.mean()),
+        "clip_frac": float(((ratio - 1).abs() > args.clip_range).double().mean()),
+        "approx_kl": float((ratio - 1 - log_ratio).mean()),  # of mean log-probabilities; estimator k3 of Schulman
+        "grad_norm": sum(grad_norms) / len(grad_norms),
+        "zero_std_groups": flat_groups,
+        "updates": len(updates),
+        "lr": args.learning_rate,
+        "samples_per_s": len(prompts) / (time.time() - start),
+        "time_s": time.time() - start,
+    }
+
+
+@contextlib.contextmanager
+def averaged_weights(run):
+    """Evaluation and export use the average of the weights, where there is one."""
+    if run.ema:
+        run.ema.store(run.parameters)
+        run.ema.copy_to(run.parameters)
+    try:
+        yield
+    finally:
+        if run.ema:
+            run.ema.restore(run.parameters)
+
+
+@torch.no_grad()
+def evaluate(run, step):
+    """Held-out prompts by the ODE, from noise that is the same in every evaluation of every run. Returns eval/<name>
+    and eval_std/<name>, mean and spread over the samples, and draws one sample of each of the first prompts."""
+    args, shown, scored = run.args, [], []
+    prompts = [p for p in run.eval_prompts for _ in range(args.eval_samples)]
+    with averaged_weights(run):
+        for b in torch.arange(len(prompts)).split(args.train_batch_size):
+            latents = init_latents(run.models, args, [seeded("eval", int(i)) for i in b])
+            words = [prompts[i] for i in b]
+            cond = encode_prompts(run.models, words)
+            samples = rollout(run.models, args, cond, latents, [0.0] * args.num_inference_steps)[2]
+            scored.append(run.reward(samples, words) | run.eval_reward(samples, words))
+            shown = [*shown, *samples[b % args.eval_samples == 0].cpu()][:SHOWN]
+    draw_samples(torch.stack(shown), run.eval_prompts, step, run.folder / f"samples/step_{step:06d}")
+    scores = {k: torch.cat([part[k] for part in scored]) for k in scored[0]}
+    metrics = {f"eval/{k}": float(v.double().mean()) for k, v in scores.items()}
+    return metrics | {f"eval_std/{k}": float(v.double().std()) for k, v in scores.items()}
+
+
+def draw_samples(samples, prompts, step, path):
+    """At most SHOWN samples under their prompts: images as path.png; videos (b, F, 3, H, W) as the animation path.webp,
+    and as path.mp4 where imageio-ffmpeg is installed."""
+    videos = (samples if samples.ndim == 5 else samples[:, None]).permute(0, 1, 3, 4, 2).numpy()
+    figure, axes = plt.subplots(3, 8, figsize=(12, 6.2), layout="constrained")
+    figure.suptitle(f"held-out prompts, iteration {step}")
+    for axis in axes.flat:
+        axis.axis("off")
+    cells = [axis.imshow(video[0]) for axis, video in zip(axes.flat, videos)]
+    for axis, prompt in zip(axes.flat, prompts):
+        axis.set_title("\n".join(textwrap.wrap(prompt, 22)[:3]), fontsize=8)
+    pictures = []
+    for frame in range(videos.shape[1]):
+        for cell, video in zip(cells, videos):
+            cell.set_data(video[frame])
+        figure.canvas.draw()
+        pictures.append(Image.fromarray(np.array(figure.canvas.buffer_rgba())).convert("RGB"))
+    plt.close(figure)
+    if len(pictures) == 1:
+        pictures[0].save(path.with_suffix(".png"))
+        return
+    timing = {"duration": 1000 // FPS, "loop": 0}
+    pictures[0].save(path.with_suffix(".webp"), save_all=True, append_images=pictures[1:], **timing)
+    if find_spec("imageio_ffmpeg"):
+        diffusers.utils.export_to_video(pictures, path.with_suffix(".mp4"), fps=FPS)
+
+
+def draw_curves(folder):
+    """curve.png: each reward against the iteration, on training prompts (SDE) and on held-out ones (ODE)."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    names = list(dict.fromkeys(k.split("/")[1] for line in lines for k in line if k.startswith(("reward/", "eval/"))))
+    figure, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 3), squeeze=False, layout="constrained")
+    for name, axis in zip(names, axes[0]):
+        for key, label in ((f"reward/{name}", "training prompts, SDE"), (f"eval/{name}", "held-out prompts, ODE")):
+            points = [(line["step"], line[key]) for line in lines if key in line]
+            axis.plot(*zip(*points or [(0, math.nan)]), ".-", label=label)
+        axis.set(title=name, xlabel="iteration")
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8)
+    figure.savefig(folder / "curve.png")
+    plt.close(figure)
+
+
+def save_checkpoint(run, step):
+    """Writes checkpoints/step_<step>, whole or not at all, and deletes the oldest beyond the limit."""
+    folder = run.folder / f"checkpoints/step_{step:06d}"
+    part = folder.with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    state = {"step": step, "parameters": run.parameters, "optimizer": run.optimizer.state_dict()}
+    torch.save(state | ({"ema": run.ema.state_dict()} if run.ema else {}), part / "training_state.pt")
+    with averaged_weights(run):
+        save_policy(run.models, run.args, part)
+    if folder.exists():  # left by a run that was then resumed from an older one
+        shutil.rmtree(folder)
+    part.rename(folder)
+    for old in sorted(folder.parent.glob("step_??????"))[: -run.args.checkpoints_total_limit]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(run):
+    """Restores all that a step depends on, cuts from metrics.jsonl what came later, and returns the step."""
+    file = Path(run.args.resume_from_checkpoint, "training_state.pt")
+    state = torch.load(file, map_location=run.models.device, weights_only=True)
+    with torch.no_grad():
+        for parameter, saved in zip(run.parameters, state["parameters"], strict=True):
+            parameter.copy_(saved)
+    run.optimizer.load_state_dict(state["optimizer"])
+    if run.ema:
+        run.ema.load_state_dict(state["ema"])
+    metrics = run.folder / "metrics.jsonl"
+    lines = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= state["step"]]
+    metrics.write_text("".join(f"{line}\n" for line in lines))
+    return state["step"]
+
+
+def make_run(args):
+    """All that an iteration needs: models, rewards, prompts, optimizer, and the folder it writes to."""
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()  # else each long prompt is printed each time that it is encoded
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run = SimpleNamespace(args=args, folder=Path(args.output_dir), models=load_models(args, device), whole=True)
+    run.parameters = [p for p in run.models.policy.parameters() if p.requires_grad]
+    run.reward = load_rewards(args.reward, reward_paths(args), device)
+    run.eval_reward = load_rewards(held_out(args), reward_paths(args), device)
+    run.prompts = read_prompts("--prompts", args.prompts)
+    run.eval_prompts = read_prompts("--eval_prompts", args.eval_prompts) if args.eval_prompts else []
+    run.optimizer = torch.optim.AdamW(run.parameters, args.learning_rate, weight_decay=args.adam_weight_decay)
+    run.ema = EMAModel(run.parameters, decay=args.ema_decay) if args.ema_decay else None
+    (run.folder / "samples").mkdir(parents=True, exist_ok=True)
+    if not args.resume_from_checkpoint:
+        git = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True)
+        record = {"args": vars(args), "commit": git.stdout.strip() or None, "python": sys.version}
+        record |= {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}
+        (run.folder / "args.json").write_text(json.dumps(record, indent=1))
+    return run
+
+
+def print_header(run):
+    args, P, G = run.args, run.args.prompts_per_step, run.args.num_generations
+    D = init_latents(run.models, args, [seeded(0)]).numel()
+    trainable = args.sde_window or args.num_inference_steps - (not args.train_last_transition)
+    steps, kept = math.ceil(args.timestep_fraction * trainable), P * (args.best_of_n or G)
+    print(f"preset       {args.preset}; the others: {' '.join(name for name in PRESETS if name != args.preset)}")
+    print(f"model        {args.pretrained_model_name_or_path} on {run.models.device}")
+    print(f"trained      {sum(p.numel() for p in run.parameters):,} parameters of {type(run.models.policy).__name__}")
+    print(f"iteration    {P} prompts x {G} = {P * G} samples, {kept} trained, {args.num_updates} updates")
+    print(f"transitions  {kept * steps} trained an iteration: {steps} of {args.num_inference_steps} steps a sample")
+    print(f"clip_range   {args.clip_range:g} on the mean over D = {D:,} dimensions: "
+          f"{joint_nats(args.clip_range, D):.2g} nats of joint log-probability")  # fmt: skip
+    print(f"output       {args.output_dir}", flush=True)
+
+
+def open_tracker(args):
+    """A function that takes the metrics to TensorBoard or to Weights & Biases, or nowhere."""
+    if args.report_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(args.output_dir)
+        return lambda metrics: [writer.add_scalar(k, v, metrics["step"]) for k, v in metrics.items()]
+    if args.report_to == "wandb":
+        import wandb
+
+        return wandb.init(dir=args.output_dir, config=vars(args)).log
+    return lambda metrics: None
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    run, stop, track = make_run(args), [], open_tracker(args)
+    done = load_checkpoint(run) if args.resume_from_checkpoint else 0
+    saved = done
+    print_header(run)
+
+    def record(metrics):
+        with open(run.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        track(metrics)
+        scores = [f"{k} {v:.4f}" for k, v in metrics.items() if k.startswith("eval/")]
+        if scores:
+            tqdm.write(f"iteration {metrics['step']:3d}  " + "  ".join(scores))
+
+    def ask_to_stop(number, frame):  # the iteration under way is finished; a second signal does not wait
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        if run.eval_prompts and done == 0:
+            record({"step": 0} | evaluate(run, 0))
+        for step in tqdm(range(done, args.max_train_steps), "iteration", initial=done, total=args.max_train_steps):
+            metrics = train_step(run, step)
+            done = step + 1
+            if step == 0:
+                first = "max|ratio-1| = {ratio_max_dev:.1e} over {ratio_transitions} transitions"
+                tqdm.write("ratio        " + first.format(**metrics))
+            try:
+                if run.eval_prompts and (done % args.validation_steps == 0 or done == args.max_train_steps):
+                    metrics |= evaluate(run, done)
+            finally:  # the iteration is whole even where its evaluation is not
+                record(metrics)
+            if done % args.checkpointing_steps == 0:
+                save_checkpoint(run, done)
+                saved = done
+            if stop:
+                break
+    finally:  # whatever ended the loop: the last whole iteration is kept
+        if run.whole and done > saved:
+            save_checkpoint(run, done)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    draw_curves(run.folder)
+    print(f"{'stopped' if stop else 'finished'} after iteration {done}: see {run.folder}/curve.png and samples")
+
+
+# ==== END ALGORITHM ZONE ======================================================================================
+if __name__ == "__main__":
+    main()
