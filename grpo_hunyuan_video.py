@@ -125,7 +125,7 @@ def parse_args(argv=None):
     flag("--sde_window_range", nargs=2, type=int, default=[0, 0], metavar=("FIRST", "LAST"), help="of its start")
     flag("--init_same_noise", action=switch, default=True, help="one initial noise a group (Algorithm 1)")
     flag("--decode_x0", action=switch, default=True, help="decode the last step's x0 (authors' code), not its latents")
-    flag("--train_last_transition", action=switch, default=False, help="its noise reaches no decoded x0: sde.py (16)")
+    flag("--train_last_transition", action=switch, default=False, help="with --decode_x0 its noise reaches no reward")
     # GRPO
     flag("--prompts_per_step", type=int, help="prompts an iteration")
     flag("--num_generations", type=int, default=12, help="G, samples a prompt (Table 6)")

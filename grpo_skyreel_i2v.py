@@ -76,7 +76,7 @@ PRESETS = {
         eval_reward=["vq", "mq", "ta", *(f"{HERE}/tiny/world.py:{judge}" for judge in ("well_drawn", "smooth"))],
         num_inference_steps=12, eta=1.0, sde_window=3, sde_window_range=[0, 4], timestep_fraction=1.0,
         prompts_per_step=12, num_generations=12, num_updates=1, clip_range=1e-2, learning_rate=1e-4,
-        train_batch_size=36, max_train_steps=40, validation_steps=10,
+        train_batch_size=36, max_train_steps=30, validation_steps=10,
     ),
     "lora": REAL | SCRIPT | dict(learning_rate=3e-4, rank=128, lora_alpha=256),  # these are of FLUX's script
     "paper": REAL | dict(num_frames=53, num_inference_steps=25, num_updates=1),  # Table 6, App. C; frames: script
@@ -129,7 +129,7 @@ def parse_args(argv=None):
     flag("--sde_window_range", nargs=2, type=int, default=[0, 0], metavar=("FIRST", "LAST"), help="of its start")
     flag("--init_same_noise", action=switch, default=True, help="one initial noise a group (Algorithm 1)")
     flag("--decode_x0", action=switch, default=True, help="decode the last step's x0 (authors' code), not its latents")
-    flag("--train_last_transition", action=switch, default=False, help="its noise reaches no decoded x0: sde.py (16)")
+    flag("--train_last_transition", action=switch, default=False, help="with --decode_x0 its noise reaches no reward")
     # GRPO
     flag("--prompts_per_step", type=int, help="prompts an iteration")
     flag("--num_generations", type=int, default=12, help="G, samples a prompt (Table 6)")

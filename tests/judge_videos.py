@@ -1,0 +1,66 @@
+"""Prints what the judge of tiny/world.py sees in a run's held-out videos, before and after.
+
+    python tests/judge_videos.py outputs/RUN
+
+RUN is the folder of a run of grpo_hunyuan_video.py or grpo_skyreel_i2v.py that has a checkpoint, trained without
+--rank. The videos are those that its evaluations draw, by the denoiser it started from and by the one it trained.
+
+Of SkyReels also: mean absolute errors, of values in [0, 1], of the videos' first frames against the images that they
+were to go on from; of the autoencoder alone (no video can be nearer but by chance); and of the image of another
+prompt (what no match at all would give).
+"""
+
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import grpo_hunyuan_video  # noqa: E402
+import grpo_skyreel_i2v  # noqa: E402
+from rewards import load_rewards  # noqa: E402
+
+JUDGES = ("video_correct", "moves_right_way", "constant", "sharp", "well_drawn", "smooth")
+JUDGES = [f"{ROOT}/tiny/world.py:{name}" for name in JUDGES]
+
+
+@torch.no_grad()
+def seen_in(script, args, weights=None):
+    """{what: its mean} of the videos of the base denoiser, or of one of other weights."""
+    models = script.load_models(args, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if weights:
+        models.policy.load_state_dict(type(models.policy).from_pretrained(weights).state_dict())
+    prompts = [p for p in script.read_prompts("--eval_prompts", args.eval_prompts) for _ in range(args.eval_samples)]
+    judge, seen = load_rewards(JUDGES, {}, models.device), {}
+    for rows in torch.arange(len(prompts)).split(args.train_batch_size):
+        words = [prompts[i] for i in rows]
+        latents = script.init_latents(models, args, [script.seeded("eval", int(i)) for i in rows])
+        cond = script.encode_prompts(models, words)
+        videos = script.rollout(models, args, cond, latents, [0.0] * args.num_inference_steps)[2]
+        part = judge(videos, words)
+        if script is grpo_skyreel_i2v:
+            images = script.first_frames(models, args, words).to(models.device)[:, :, 0] / 2 + 0.5
+            decoded = script.decode(models, Namespace(num_frames=1), cond["image_latents"])
+            frames = (videos[:, 0], decoded, images.roll(args.eval_samples, 0))
+            for name, frame in zip(("first frame", "autoencoder", "another image"), frames):
+                part[f"error: {name}"] = (frame - images).abs().mean((1, 2, 3))
+        for name, values in part.items():
+            seen.setdefault(name, []).append(values)
+    return {name: float(torch.cat(values).mean()) for name, values in seen.items()}
+
+
+def main(folder):
+    args = Namespace(**json.loads((folder / "args.json").read_text())["args"] | {"output_dir": str(folder)})
+    script = grpo_skyreel_i2v if hasattr(args, "first_frame_model") else grpo_hunyuan_video
+    last = max((folder / "checkpoints").glob("step_??????"))
+    before, after = seen_in(script, args), seen_in(script, args, last / "transformer")
+    print(f"{folder}: the base model, {last.name}")
+    for name in before:
+        print(f"{name:22} {before[name]:.4f}  {after[name]:.4f}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
