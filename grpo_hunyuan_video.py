@@ -17,10 +17,12 @@ The algorithm (paper, Algorithm 1; symbols as in sde.py). The numbers return in 
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -38,18 +40,24 @@ import diffusers
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import transformers
 from diffusers import AutoencoderKLHunyuanVideo, DiffusionPipeline, HunyuanVideoTransformer3DModel
 from diffusers import HunyuanVideoPipeline
 from diffusers.training_utils import EMAModel
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import hf_hub_download
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 from rewards import binary, check_reward_names, load_rewards
 from sde import flow_sde_step, flow_sigmas, joint_nats, noise_levels
 
-warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # diffusers' own call of the Hub
+for noise in (".*local_dir_use_symlinks", "torch.distributed is disabled", "FSDP2-wrapped module"):
+    warnings.filterwarnings("ignore", message=noise)  # of the libraries, about calls that are right as they are
 HERE = Path(__file__).resolve().parent
 
 # Legend of shapes:  B rows = prompts x G    b rows of a micro-batch    G group size    T sampling steps
@@ -108,8 +116,9 @@ def parse_args(argv=None):
     flag("--gradient_checkpointing", action=switch, default=False, help="recompute activations when needed")
     flag("--rank", type=int, default=0, help="LoRA rank; 0 trains every weight of the denoiser")
     flag("--lora_alpha", type=int, default=0, help="scale of the LoRA, times its rank")
+    flag("--compile", action=switch, default=False, help="torch.compile each of the repeated blocks")
     # prompts and rewards
-    flag("--prompts", metavar="FILE", help="training prompts: .txt, one a line, or .jsonl with 'prompt'")
+    flag("--prompts", metavar="FILE", help="training: .txt, .jsonl with 'prompt', or hf://datasets/OWNER/NAME/FILE")
     flag("--eval_prompts", metavar="FILE", help="held-out prompts; without them nothing is evaluated")
     flag("--reward", nargs="+", default=["vq"], metavar="NAME", help="hps clip pick aesthetic jpeg vq mq ta F.py:FUNC")
     flag("--reward_weights", nargs="+", type=finite, metavar="W", help="of each reward's advantage; 1 (Algorithm 1)")
@@ -138,6 +147,7 @@ def parse_args(argv=None):
     # optimization
     flag("--train_batch_size", type=int, default=1, help="rows of a micro-batch, in rollout and update alike")
     flag("--learning_rate", type=finite, default=1e-5, help="of AdamW, constant (Table 6)")
+    flag("--adam_8bit", action=switch, default=False, help="keep its moments in 8 bits (package bitsandbytes)")
     flag("--adam_weight_decay", type=finite, default=1e-4, help="(script)")
     flag("--max_grad_norm", type=finite, default=1.0, help="(Table 6)")
     flag("--ema_decay", type=finite, default=0.0, help="of the average that is evaluated and exported; 0: none")
@@ -182,40 +192,21 @@ def check_model(args):
         raise ValueError(f"--num_frames {args.num_frames}: must be 1 more than a multiple of {frames}")
     if args.shift <= 0:
         raise ValueError(f"--shift {args.shift}: must be above 0")
+    check_memory(args, HunyuanVideoTransformer3DModel, net)
+
+
+PART = "transformer"  # the trained part of the pipeline, and what a LoRA of it adapts
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 
 
 def load_models(args, device):
-    """The pipeline's parts. `policy` is the network that is trained: in fp32, or a LoRA on a frozen base."""
+    """The pipeline's parts, on the CPU. `policy` is the network that is trained, as it is published (in bf16);
+    `encoders` are what encode_prompts needs besides the autoencoder."""
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
     pipe = HunyuanVideoPipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=dtype)
-    pipe.to(device)
-    for part in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.transformer):
-        part.requires_grad_(False).eval()  # eval(): dropout would make the ratio differ from 1
-    if args.rank:
-        from peft import LoraConfig
-
-        target = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-        pipe.transformer.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, target_modules=target))
-        for parameter in pipe.transformer.parameters():
-            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
-    else:
-        pipe.transformer.float().requires_grad_(True)
-    if args.gradient_checkpointing:
-        pipe.transformer.enable_gradient_checkpointing()
     pipe.vae.enable_tiling()  # above 256 pixels; below, nothing changes
-    return SimpleNamespace(pipe=pipe, policy=pipe.transformer, vae=pipe.vae, device=device)
-
-
-def save_policy(models, args, folder):
-    """Writes what diffusers loads back: `from_pretrained(folder/transformer)`, or `load_lora_weights(folder)`."""
-    if args.rank:
-        from peft.utils import get_peft_model_state_dict
-
-        layers, config = get_peft_model_state_dict(models.policy), models.policy.peft_config["default"].to_dict()
-        # The config goes along, for it holds lora_alpha: without it the LoRA is loaded at scale 1.
-        models.pipe.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=config)
-    else:
-        models.policy.save_pretrained(folder / "transformer")
+    encoders = [pipe.text_encoder, pipe.text_encoder_2]
+    return SimpleNamespace(pipe=pipe, policy=pipe.transformer, vae=pipe.vae, encoders=encoders, device=device)
 
 
 @torch.no_grad()
@@ -273,6 +264,7 @@ SHOWN, FPS = 24, 8  # samples in a picture; frames a second of an animation (scr
 # What may differ between a run and its continuation; anything else would make it another run.
 FREE = ("output_dir", "resume_from_checkpoint", "max_train_steps", "report_to", "checkpointing_steps",
         "checkpoints_total_limit")  # fmt: skip
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 
 
 def check_args(args):
@@ -293,16 +285,19 @@ def check_args(args):
         ("--ema_decay", args.ema_decay, 0 <= args.ema_decay < 1, "at least 0, below 1"),
         ("--lora_alpha", args.lora_alpha, (args.lora_alpha > 0) == (args.rank > 0), "above 0 with --rank, else 0"),
         ("--report_to", args.report_to, args.report_to == "none" or find_spec(args.report_to), "an installed package"),
-        ("torchrun's WORLD_SIZE", size := os.environ.get("WORLD_SIZE", "1"), size == "1", "1: one process trains"),
+        ("--adam_8bit", "on", not args.adam_8bit or find_spec("bitsandbytes"), "off: bitsandbytes is not installed"),
+        ("--prompts_per_step", args.prompts_per_step, args.prompts_per_step % WORLD == 0,
+         f"a multiple of the {WORLD} processes"),
         *((f"--{name}", getattr(args, name), getattr(args, name) >= 1, "at least 1") for name in COUNTS),
         *((f"--{name}", getattr(args, name), getattr(args, name) > 0, "above 0") for name in POSITIVE),
         *((f"--{name}", getattr(args, name), getattr(args, name) >= 0, "at least 0") for name in NOT_NEGATIVE),
     ):  # fmt: skip
         if not good:
             raise ValueError(f"{flag} {value}: must be {accepted}")
-    trained = args.prompts_per_step * (args.best_of_n or G)
+    trained = args.prompts_per_step // WORLD * (args.best_of_n or G)
     if trained % args.num_updates:
-        raise ValueError(f"--num_updates {args.num_updates}: must divide the {trained} samples trained an iteration")
+        raise ValueError(f"--num_updates {args.num_updates}: must divide the {trained} samples that a process trains "
+                         "an iteration")  # fmt: skip
     for flag, values in (("--reward_weights", args.reward_weights), ("--reward_thresholds", args.reward_thresholds)):
         if values is not None and len(values) != len(args.reward):
             raise ValueError(f"{flag} {values}: must be {len(args.reward)} values, one for each of {args.reward}")
@@ -337,7 +332,7 @@ def check_resume(args):
     checkpoint = Path(args.resume_from_checkpoint)
     if args.resume_from_checkpoint == "latest":
         checkpoint = max(Path(args.output_dir or "", "checkpoints").glob("step_??????"), default=checkpoint)
-    if not (checkpoint / "training_state.pt").exists():
+    if not (checkpoint / "training_state").exists():
         raise ValueError(f"--resume_from_checkpoint {checkpoint}: must be a checkpoint's folder, or 'latest' with the "
                          "--output_dir of a run that has one")  # fmt: skip
     folder = checkpoint.resolve().parents[1]
@@ -368,6 +363,11 @@ def read_prompts(flag, path):
     """The prompts of a file, or of a folder's .txt files, in order; raises ValueError where there are none."""
     try:
         files = sorted(Path(path).glob("*.txt")) if Path(path).is_dir() else [Path(path)]
+        if path.startswith("hf://"):
+            if not (address := re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", path)):
+                raise OSError("an address is hf://datasets/OWNER/NAME/FILE, or .../NAME@REVISION/FILE")
+            repo, revision, file = address.groups()
+            files = [Path(hf_hub_download(repo, file, repo_type="dataset", revision=revision))]
         lines = [line.strip() for f in files for line in f.read_text("utf-8-sig").split("\n") if line.strip()]
         prompts = [json.loads(line)["prompt"] for line in lines] if path.endswith(".jsonl") else lines
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
@@ -375,6 +375,27 @@ def read_prompts(flag, path):
     if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
         raise ValueError(f"{flag} {path}: must hold at least one prompt, and none that is empty or no text")
     return prompts
+
+
+def check_memory(args, kind, config):
+    """Refuses a policy whose weights, gradients and optimizer do not fit, before any of them is loaded: by building
+    it from its config without memory. Activations come on top; gradient checkpointing and micro-batches bound them."""
+    if args.preset != "tiny" and not torch.cuda.is_available():
+        raise ValueError(f"--preset {args.preset}: needs a GPU, and there is none; --preset tiny runs on a CPU")
+    if not torch.cuda.is_available():
+        return
+    with torch.device("meta"):
+        policy = kind.from_config(config)
+        add_lora(policy, args)
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in policy.parameters()) - trained
+    # fp32 weights, gradients and two moments of what is trained; 2 bytes where the base is bf16.
+    need = trained * (10 if args.adam_8bit else 16) + frozen * (2 if args.mixed_precision == "bf16" else 4)
+    have = torch.cuda.get_device_properties(0).total_memory
+    if need / WORLD > have:
+        raise ValueError(f"--rank {args.rank}: {trained / 1e9:.2f} billion trained parameters take {need / 2**30:.0f} "
+                         f"GiB with gradients and AdamW; must fit {WORLD} GPUs of {have / 2**30:.0f} GiB: try torchrun "
+                         f"on {math.ceil(1.25 * need / have)}, or a LoRA")  # fmt: skip
 
 
 def seeded(*key):
@@ -391,6 +412,36 @@ def prompts_of_step(prompts, step, count, seed):
     return [prompts[i] for i in torch.cat(order)[start : start + count]]
 
 
+@contextlib.contextmanager
+def on_device(models, parts):
+    """What is idle most of the time is on the device while it is needed, and goes back to where it was."""
+    homes = [next(part.parameters()).device for part in parts]
+    for part in parts:
+        part.to(models.device)
+    try:
+        yield
+    finally:
+        for part, home in zip(parts, homes):
+            part.to(home)
+
+
+def conditions(run, prompts):
+    """What encode_prompts says of each prompt: (n, ...) on the CPU, computed once and kept with the run. One prompt at
+    a time: what a prompt says must not depend on its company."""
+    models, args, folder = run.models, run.args, run.folder / "conditions"
+    keys = {p: repr((p, args.pretrained_model_name_or_path)) for p in prompts}
+    names = {p: hashlib.sha256(key.encode()).hexdigest()[:24] for p, key in keys.items()}
+    if missing := [p for p in names if not (folder / f"{names[p]}.safetensors").exists()]:
+        folder.mkdir(exist_ok=True)
+        with on_device(models, [*models.encoders, models.vae]):
+            for prompt in missing:
+                part = folder / f"{names[prompt]}.{RANK}"
+                save_file({k: v.cpu().contiguous() for k, v in encode_prompts(models, [prompt]).items()}, part)
+                part.rename(folder / f"{names[prompt]}.safetensors")  # whole or not at all
+    loaded = {p: load_file(folder / f"{name}.safetensors") for p, name in names.items()}
+    return {k: torch.cat([loaded[p][k] for p in prompts]) for k in loaded[prompts[0]]}
+
+
 def etas_of_step(args, step):
     """The noise level of each of the T steps in this iteration; a window's place is drawn anew each time."""
     first, last = args.sde_window_range
@@ -399,13 +450,20 @@ def etas_of_step(args, step):
     return noise_levels(schedule(args), args.eta, args.eta_schedule, window).tolist()
 
 
+def as_in_training(args):
+    """The grad mode of the old policy's passes. Eagerly it has no say in the numbers; a compiled block is another
+    program, which rounds otherwise, when nothing is to be differentiated."""
+    return torch.set_grad_enabled(args.compile)
+
+
 @torch.no_grad()
 def rollout(models, args, cond, latents, etas, generators=None):
     """Samples a micro-batch: initial noise (b, *L) and T noise levels (0: an ODE step) -> the trajectory
     (b, T+1, *L), log_probs (b, T; NaN at ODE steps) and the decoded samples."""
     trajectory, log_probs = [latents], []
     for (level, next_level), eta in zip(pairwise(schedule(args).tolist()), etas):
-        output = predict(models, args, latents, level, cond)
+        with as_in_training(args):
+            output = predict(models, args, latents, level, cond).detach()
         step = policy_step(output, latents, level, next_level, eta, generator=generators)
         latents = step.next_latents
         trajectory.append(latents)
@@ -450,23 +508,27 @@ def train_step(run, step):
     def split(rows):  # num_updates updates, each a tuple of micro-batches: tensors of row numbers
         return [update.split(args.train_batch_size) for update in rows.chunk(args.num_updates)]
 
-    # 1, 2: rows of a group are adjacent.
-    prompts = prompts_of_step(run.prompts, step, args.prompts_per_step, args.seed)
-    cond = {k: v.repeat_interleave(G, 0) for k, v in encode_prompts(models, prompts).items()}
+    # 1, 2: rows of a group are adjacent; every WORLD-th group is this process's.
+    prompts = prompts_of_step(run.prompts, step, args.prompts_per_step, args.seed)[RANK::WORLD]
+    cond = conditions(run, prompts)
     prompts = [p for p in prompts for _ in range(G)]
     rows = torch.arange(len(prompts))
-    origins = rows // G if args.init_same_noise else rows
-    latents = init_latents(models, args, [seeded(args.seed, "init", step, int(i)) for i in origins])
+    numbers = (rows // G * WORLD + RANK) * G + rows % G  # among the rows of all processes
+    origins = numbers // G if args.init_same_noise else numbers
+
+    def cond_of(b):
+        return {k: v[b // G].to(models.device) for k, v in cond.items()}
 
     # 3, 4: under the old policy, in the micro-batches of the update: a kernel may round otherwise in another company.
-    # Samples are scored at once and not kept: all the videos of an iteration fit no device.
-    noise = [seeded(args.seed, "noise", step, int(i)) for i in rows]
+    # Samples are scored at once and not kept, trajectories wait on the CPU: those of an iteration fit no device.
     rolled, scored = [], []
-    for b in sum(split(rows), ()):
-        part = {k: v[b] for k, v in cond.items()}
-        *path, samples = rollout(models, args, part, latents[b], etas, [noise[i] for i in b])
-        rolled.append(path)
-        scored.append(run.reward(samples, [prompts[i] for i in b]))
+    with on_device(models, [models.vae]):
+        for b in sum(split(rows), ()):
+            latents = init_latents(models, args, [seeded(args.seed, "init", step, int(i)) for i in origins[b]])
+            noise = [seeded(args.seed, "noise", step, int(i)) for i in numbers[b]]
+            trajectory, log_probs, samples = rollout(models, args, cond_of(b), latents, etas, noise)
+            rolled.append((trajectory.cpu(), log_probs))
+            scored.append(run.reward(samples, [prompts[i] for i in b]))
     trajectory, old_log_probs = (torch.cat(parts) for parts in zip(*rolled))
     assert old_log_probs.shape == (len(prompts), args.num_inference_steps)
 
@@ -482,20 +544,24 @@ def train_step(run, step):
     # 6: of those that have a density, without the last unless asked; drawn for each micro-batch.
     reach = args.num_inference_steps - (not args.train_last_transition)
     trainable = torch.tensor([t for t in range(reach) if etas[t] > 0])
-    count, picks = math.ceil(args.timestep_fraction * len(trainable)), seeded(args.seed, "transitions", step)
-    updates = [[(b, trainable[torch.randperm(len(trainable), generator=picks)[:count]].tolist()) for b in update]
-               for update in split(rows)]  # fmt: skip
+    count = math.ceil(args.timestep_fraction * len(trainable))
+
+    def transitions_of(b):
+        order = torch.randperm(len(trainable), generator=seeded(args.seed, "transitions", step, int(numbers[b[0]])))
+        return trainable[order[:count]].tolist()
+
+    updates = [[(b, transitions_of(b)) for b in update] for update in split(rows)]
 
     def log_prob_of(b, t):
-        output = predict(models, args, trajectory[b, t], levels[t], {k: v[b] for k, v in cond.items()})
-        transition = (trajectory[b, t], levels[t], levels[t + 1], etas[t], trajectory[b, t + 1])
-        return policy_step(output, *transition).log_prob
+        x, x_next = trajectory[b, t].to(models.device), trajectory[b, t + 1].to(models.device)
+        output = predict(models, args, x, levels[t], cond_of(b))
+        return policy_step(output, x, levels[t], levels[t + 1], etas[t], x_next).log_prob
 
     if args.best_of_n:  # the kept rows share new micro-batches: the old policy scores them there once more
-        with torch.no_grad():
+        with as_in_training(args):
             for b, steps in sum(updates, []):
                 for t in steps:
-                    old_log_probs[b, t] = log_prob_of(b, t)
+                    old_log_probs[b, t] = log_prob_of(b, t).detach()
 
     # 7: each update takes whole samples with all their chosen transitions.
     seen, grad_norms = [], []
@@ -512,7 +578,8 @@ def train_step(run, step):
             if not ratio_max_dev <= args.ratio_tolerance:
                 raise RuntimeError(f"max|ratio-1| = {ratio_max_dev:.1e} before the first update, where it has to be 0, "
                                    f"or at most --ratio_tolerance {args.ratio_tolerance:g}")  # fmt: skip
-        grad_norms.append(float(torch.nn.utils.clip_grad_norm_(run.parameters, args.max_grad_norm)))
+        grad_norm = torch.nn.utils.clip_grad_norm_(run.parameters, args.max_grad_norm)
+        grad_norms.append(float(grad_norm.full_tensor() if WORLD > 1 else grad_norm))
         if not math.isfinite(grad_norms[-1]):
             raise RuntimeError(f"the gradient's norm is {grad_norms[-1]} in iteration {step + 1}")
         run.whole = False  # until the last update, these are not the weights of any iteration
@@ -523,10 +590,9 @@ def train_step(run, step):
     run.whole = True
 
     loss, ratio, log_ratio = torch.cat(seen, 1).double()
-    metrics = {"step": step + 1}
-    metrics |= {f"reward/{k}": float(v.double().mean()) for k, v in scores.items()}
+    metrics = {f"reward/{k}": float(v.double().mean()) for k, v in scores.items()}
     metrics |= {f"reward_std/{k}": float(v.double().view(-1, G).std(1).mean()) for k, v in scores.items()}
-    return metrics | {
+    metrics |= {
         "advantage_abs_mean": float(advantages.abs().mean()),
         "loss": float(loss.mean()),
         "ratio_max_dev": ratio_max_dev,
@@ -541,6 +607,23 @@ def train_step(run, step):
         "samples_per_s": len(prompts) / (time.time() - start),
         "time_s": time.time() - start,
     }
+    return {"step": step + 1} | over_processes(metrics, models.device)
+
+
+def gathered(values, device):
+    """Numbers (n,) of each process -> (WORLD, n) of all of them, in float64."""
+    values = torch.as_tensor(values, dtype=torch.float64, device=device)
+    parts = [torch.empty_like(values) for _ in range(WORLD)]
+    dist.all_gather(parts, values) if WORLD > 1 else parts[0].copy_(values)
+    return torch.stack(parts)
+
+
+def over_processes(metrics, device):
+    """One iteration's metrics of all processes as one: means, but for what adds up and what is a worst case."""
+    table = dict(zip(metrics, gathered(list(metrics.values()), device).T))
+    how = {"ratio_max_dev": torch.amax, "time_s": torch.amax, "updates": torch.amax}
+    how |= dict.fromkeys(("zero_std_groups", "ratio_transitions", "samples_per_s"), torch.sum)
+    return {k: type(metrics[k])(how.get(k, torch.mean)(v)) for k, v in table.items()}
 
 
 @contextlib.contextmanager
@@ -560,20 +643,27 @@ def averaged_weights(run):
 def evaluate(run, step):
     """Held-out prompts by the ODE, from noise that is the same in every evaluation of every run. Returns eval/<name>
     and eval_std/<name>, mean and spread over the samples, and draws one sample of each of the first prompts."""
-    args, shown, scored = run.args, [], []
+    args, models, shown, scored = run.args, run.models, [], []
     prompts = [p for p in run.eval_prompts for _ in range(args.eval_samples)]
-    with averaged_weights(run):
-        for b in torch.arange(len(prompts)).split(args.train_batch_size):
-            latents = init_latents(run.models, args, [seeded("eval", int(i)) for i in b])
+    # Each process takes every WORLD-th row; the last rows wrap around, for all have to make the same calls.
+    rows = torch.arange(math.ceil(len(prompts) / WORLD) * WORLD)[RANK::WORLD] % len(prompts)
+    with averaged_weights(run), on_device(models, [models.vae]):
+        for b in rows.split(args.train_batch_size):
+            latents = init_latents(models, args, [seeded("eval", int(i)) for i in b])
             words = [prompts[i] for i in b]
-            cond = encode_prompts(run.models, words)
-            samples = rollout(run.models, args, cond, latents, [0.0] * args.num_inference_steps)[2]
+            cond = {k: v.to(models.device) for k, v in conditions(run, words).items()}
+            samples = rollout(models, args, cond, latents, [0.0] * args.num_inference_steps)[2]
             scored.append(run.reward(samples, words) | run.eval_reward(samples, words))
-            shown = [*shown, *samples[b % args.eval_samples == 0].cpu()][:SHOWN]
-    draw_samples(torch.stack(shown), run.eval_prompts, step, run.folder / f"samples/step_{step:06d}")
-    scores = {k: torch.cat([part[k] for part in scored]) for k in scored[0]}
-    metrics = {f"eval/{k}": float(v.double().mean()) for k, v in scores.items()}
-    return metrics | {f"eval_std/{k}": float(v.double().std()) for k, v in scores.items()}
+            shown += [(prompts[i], sample.cpu()) for i, sample in zip(b, samples) if i % args.eval_samples == 0]
+            shown = shown[:SHOWN]
+    if RANK == 0:
+        words, samples = zip(*shown)
+        draw_samples(torch.stack(samples), words, step, run.folder / f"samples/step_{step:06d}")
+    # (WORLD, n) read column by column is the order of the rows.
+    scores = {k: gathered(torch.cat([p[k] for p in scored]), models.device).T.flatten() for k in scored[0]}
+    scores = {k: v[: len(prompts)] for k, v in scores.items()}
+    metrics = {f"eval/{k}": float(v.mean()) for k, v in scores.items()}
+    return metrics | {f"eval_std/{k}": float(v.std()) for k, v in scores.items()}
 
 
 def draw_samples(samples, prompts, step, path):
@@ -619,37 +709,134 @@ def draw_curves(folder):
     plt.close(figure)
 
 
+def training_state(run):
+    """All tensors that an iteration depends on besides its number: parameters, AdamW's moments, the average."""
+    if not run.optimizer.state:  # AdamW makes its moments in its first step: here one that changes nothing
+        for group in run.optimizer.param_groups:
+            group["lr"] = 0.0
+        for parameter in run.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        for group in run.optimizer.param_groups:
+            group["lr"] = run.args.learning_rate
+    state = {}
+    for i, (name, parameter) in enumerate(run.names.items()):
+        state[f"parameters.{name}"] = parameter.detach()
+        state |= {f"optimizer.{name}.{key}": torch.as_tensor(v) for key, v in run.optimizer.state[parameter].items()}
+        if run.ema:
+            state[f"ema.{name}"] = run.ema.shadow_params[i]
+    return state
+
+
 def save_checkpoint(run, step):
-    """Writes checkpoints/step_<step>, whole or not at all, and deletes the oldest beyond the limit."""
+    """Writes checkpoints/step_<step>, whole or not at all, and deletes the oldest beyond the limit. Called by all
+    processes: each writes its shards of the training state; the first one writes what diffusers loads."""
     folder = run.folder / f"checkpoints/step_{step:06d}"
     part = folder.with_suffix(".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    state = {"step": step, "parameters": run.parameters, "optimizer": run.optimizer.state_dict()}
-    torch.save(state | ({"ema": run.ema.state_dict()} if run.ema else {}), part / "training_state.pt")
-    with averaged_weights(run):
-        save_policy(run.models, run.args, part)
-    if folder.exists():  # left by a run that was then resumed from an older one
-        shutil.rmtree(folder)
-    part.rename(folder)
-    for old in sorted(folder.parent.glob("step_??????"))[: -run.args.checkpoints_total_limit]:
-        shutil.rmtree(old)
+    if RANK == 0:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    wait(run)
+    writer = dcp.HuggingFaceStorageWriter(str(part / "training_state"), save_distributed=True)  # safetensors
+    dcp.save(training_state(run), storage_writer=writer, no_dist=WORLD == 1)
+    with averaged_weights(run):  # one parameter after the other: the whole policy is on no device
+        weights = {}
+        for name, parameter in run.names.items():
+            whole = parameter.full_tensor() if WORLD > 1 else parameter
+            weights |= {name: whole.detach().cpu()} if RANK == 0 else {}
+        if RANK == 0:
+            save_policy(run.models, run.args, part, weights)
+    if RANK == 0:
+        if folder.exists():  # left by a run that was then resumed from an older one
+            shutil.rmtree(folder)
+        part.rename(folder)
+        for old in sorted(folder.parent.glob("step_??????"))[: -run.args.checkpoints_total_limit]:
+            shutil.rmtree(old)
+    wait(run)
+
+
+def save_policy(models, args, folder, weights):
+    """Writes what diffusers loads back: `from_pretrained(folder/PART)`, or `load_lora_weights(folder)`."""
+    if args.rank:
+        from peft.utils import get_peft_model_state_dict
+
+        # The config goes along, for it holds lora_alpha: without it the LoRA is loaded at scale 1.
+        config = models.policy.peft_config["default"].to_dict()
+        layers = {f"{PART}_lora_layers": get_peft_model_state_dict(models.policy, weights)}
+        models.pipe.save_lora_weights(folder, **layers, **{f"{PART}_lora_adapter_metadata": config})
+    else:
+        with torch.device("meta"):
+            policy = models.kind.from_config(models.policy.config)
+        policy.load_state_dict(weights, assign=True)
+        policy.save_pretrained(folder / PART)
 
 
 def load_checkpoint(run):
     """Restores all that a step depends on, cuts from metrics.jsonl what came later, and returns the step."""
-    file = Path(run.args.resume_from_checkpoint, "training_state.pt")
-    state = torch.load(file, map_location=run.models.device, weights_only=True)
+    checkpoint, state = Path(run.args.resume_from_checkpoint), training_state(run)
+    step = int(checkpoint.name.removeprefix("step_"))
     with torch.no_grad():
-        for parameter, saved in zip(run.parameters, state["parameters"], strict=True):
-            parameter.copy_(saved)
-    run.optimizer.load_state_dict(state["optimizer"])
+        reader = dcp.HuggingFaceStorageReader(str(checkpoint / "training_state"))
+        dcp.load(state, storage_reader=reader, no_dist=WORLD == 1)  # in place
+    for name, parameter in run.names.items():
+        for key, value in run.optimizer.state[parameter].items():
+            if not isinstance(value, torch.Tensor):  # a counter of AdamW in 8 bits
+                run.optimizer.state[parameter][key] = type(value)(state[f"optimizer.{name}.{key}"])
     if run.ema:
-        run.ema.load_state_dict(state["ema"])
+        run.ema.optimization_step = step * run.args.num_updates
     metrics = run.folder / "metrics.jsonl"
-    lines = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= state["step"]]
-    metrics.write_text("".join(f"{line}\n" for line in lines))
-    return state["step"]
+    if RANK == 0:
+        lines = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= step]
+        metrics.write_text("".join(f"{line}\n" for line in lines))
+    return step
+
+
+def wait(run):
+    """Until all processes are here."""
+    gathered([0.0], run.models.device)
+
+
+def start_processes():
+    """The device of this process, which joins those that torchrun started."""
+    if not torch.cuda.is_available():
+        device = torch.device("cpu")
+    else:
+        torch.cuda.set_device(device := torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
+    if WORLD > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def add_lora(policy, args):
+    """A LoRA of `rank` on LORA_TARGETS, the rest frozen; without a rank every weight is trained."""
+    policy.requires_grad_(not args.rank)
+    if args.rank:
+        from peft import LoraConfig
+
+        policy.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, target_modules=LORA_TARGETS))
+
+
+def prepare_policy(models, args):
+    """The policy as it is trained, on the device: what is trained in fp32; on several processes in shards of each block
+    (FSDP2), gathered in the precision of the computation when the block is called."""
+    policy = models.policy
+    models.kind = type(policy)
+    add_lora(policy, args)
+    if args.gradient_checkpointing:
+        policy.enable_gradient_checkpointing()
+    if args.compile:
+        policy.compile_repeated_blocks()
+    shard = functools.partial(fully_shard, mp_policy=MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if args.mixed_precision == "bf16" else None, reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # autocast does that, and leaves the noise level in fp32
+    )) if WORLD > 1 else lambda module: module.to(models.device)  # fmt: skip
+    blocks = [module for module in policy.modules() if type(module).__name__ in (policy._no_split_modules or [])]
+    for module in (*reversed(blocks), policy):  # inner ones first: a CPU never holds the whole in fp32
+        for parameter in module.parameters():
+            if parameter.requires_grad and parameter.dtype != torch.float32:
+                parameter.data = parameter.data.float()
+        shard(module)
 
 
 def make_run(args):
@@ -657,17 +844,28 @@ def make_run(args):
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()  # else each long prompt is printed each time that it is encoded
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = start_processes()
+    if WORLD > 1:  # its default holds the time, which may have gone on between two processes
+        dist.broadcast_object_list(name := [args.output_dir])
+        args.output_dir = name[0]
+    torch.manual_seed(args.seed)  # a LoRA begins at random
     run = SimpleNamespace(args=args, folder=Path(args.output_dir), models=load_models(args, device), whole=True)
-    run.parameters = [p for p in run.models.policy.parameters() if p.requires_grad]
+    for part in (run.models.policy, run.models.vae, *run.models.encoders):
+        part.requires_grad_(False).eval()  # eval(): dropout would make the ratio differ from 1
+    prepare_policy(run.models, args)
+    run.names = {name: p for name, p in run.models.policy.named_parameters() if p.requires_grad}
+    run.parameters = list(run.names.values())
     run.reward = load_rewards(args.reward, reward_paths(args), device)
     run.eval_reward = load_rewards(held_out(args), reward_paths(args), device)
     run.prompts = read_prompts("--prompts", args.prompts)
     run.eval_prompts = read_prompts("--eval_prompts", args.eval_prompts) if args.eval_prompts else []
-    run.optimizer = torch.optim.AdamW(run.parameters, args.learning_rate, weight_decay=args.adam_weight_decay)
+    AdamW = torch.optim.AdamW
+    if args.adam_8bit:
+        from bitsandbytes.optim import AdamW8bit as AdamW
+    run.optimizer = AdamW(run.parameters, args.learning_rate, weight_decay=args.adam_weight_decay)
     run.ema = EMAModel(run.parameters, decay=args.ema_decay) if args.ema_decay else None
     (run.folder / "samples").mkdir(parents=True, exist_ok=True)
-    if not args.resume_from_checkpoint:
+    if not args.resume_from_checkpoint and RANK == 0:
         git = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True)
         record = {"args": vars(args), "commit": git.stdout.strip() or None, "python": sys.version}
         record |= {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}
@@ -678,11 +876,12 @@ def make_run(args):
 def print_header(run):
     args, P, G = run.args, run.args.prompts_per_step, run.args.num_generations
     D = init_latents(run.models, args, [seeded(0)]).numel()
+    processes = f" in each of {WORLD} processes" if WORLD > 1 else ""
     trainable = args.sde_window or args.num_inference_steps - (not args.train_last_transition)
     steps, kept = math.ceil(args.timestep_fraction * trainable), P * (args.best_of_n or G)
     print(f"preset       {args.preset}; the others: {' '.join(name for name in PRESETS if name != args.preset)}")
-    print(f"model        {args.pretrained_model_name_or_path} on {run.models.device}")
-    print(f"trained      {sum(p.numel() for p in run.parameters):,} parameters of {type(run.models.policy).__name__}")
+    print(f"model        {args.pretrained_model_name_or_path} on {run.models.device}{processes}")
+    print(f"trained      {sum(p.numel() for p in run.parameters):,} parameters of {run.models.kind.__name__}")
     print(f"iteration    {P} prompts x {G} = {P * G} samples, {kept} trained, {args.num_updates} updates")
     print(f"transitions  {kept * steps} trained an iteration: {steps} of {args.num_inference_steps} steps a sample")
     print(f"clip_range   {args.clip_range:g} on the mean over D = {D:,} dimensions: "
@@ -692,12 +891,12 @@ def print_header(run):
 
 def open_tracker(args):
     """A function that takes the metrics to TensorBoard or to Weights & Biases, or nowhere."""
-    if args.report_to == "tensorboard":
+    if args.report_to == "tensorboard" and RANK == 0:
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(args.output_dir)
         return lambda metrics: [writer.add_scalar(k, v, metrics["step"]) for k, v in metrics.items()]
-    if args.report_to == "wandb":
+    if args.report_to == "wandb" and RANK == 0:
         import wandb
 
         return wandb.init(dir=args.output_dir, config=vars(args)).log
@@ -706,33 +905,38 @@ def open_tracker(args):
 
 def main(argv=None):
     args = parse_args(argv)
-    run, stop, track = make_run(args), [], open_tracker(args)
+    run, stop, stopped, track = make_run(args), [], False, open_tracker(args)
+    say = tqdm.write if RANK == 0 else lambda line: None  # the first process speaks and writes for all
     done = load_checkpoint(run) if args.resume_from_checkpoint else 0
     saved = done
-    print_header(run)
+    if RANK == 0:
+        print_header(run)
 
     def record(metrics):
-        with open(run.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(metrics) + "\n")
+        if RANK == 0:
+            with open(run.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(metrics) + "\n")
         track(metrics)
         scores = [f"{k} {v:.4f}" for k, v in metrics.items() if k.startswith("eval/")]
         if scores:
-            tqdm.write(f"iteration {metrics['step']:3d}  " + "  ".join(scores))
+            say(f"iteration {metrics['step']:3d}  " + "  ".join(scores))
 
     def ask_to_stop(number, frame):  # the iteration under way is finished; a second signal does not wait
         stop.append(number)
         signal.signal(number, signal.SIG_DFL)
 
     handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    whole = WORLD == 1  # what has gone wrong in one of several processes leaves the others nobody to save with
     try:
         if run.eval_prompts and done == 0:
             record({"step": 0} | evaluate(run, 0))
-        for step in tqdm(range(done, args.max_train_steps), "iteration", initial=done, total=args.max_train_steps):
+        iterations = range(done, args.max_train_steps)
+        for step in tqdm(iterations, "iteration", initial=done, total=args.max_train_steps, disable=RANK > 0):
             metrics = train_step(run, step)
             done = step + 1
             if step == 0:
                 first = "max|ratio-1| = {ratio_max_dev:.1e} over {ratio_transitions} transitions"
-                tqdm.write("ratio        " + first.format(**metrics))
+                say("ratio        " + first.format(**metrics))
             try:
                 if run.eval_prompts and (done % args.validation_steps == 0 or done == args.max_train_steps):
                     metrics |= evaluate(run, done)
@@ -741,15 +945,21 @@ def main(argv=None):
             if done % args.checkpointing_steps == 0:
                 save_checkpoint(run, done)
                 saved = done
-            if stop:
+            stopped = bool(gathered([len(stop)], run.models.device).any())  # one that is asked to stop stops all
+            if stopped:
                 break
+        whole = True
     finally:  # whatever ended the loop: the last whole iteration is kept
-        if run.whole and done > saved:
+        if whole and run.whole and done > saved:
             save_checkpoint(run, done)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    draw_curves(run.folder)
-    print(f"{'stopped' if stop else 'finished'} after iteration {done}: see {run.folder}/curve.png and samples")
+    if RANK == 0:
+        draw_curves(run.folder)
+        print(f"{'stopped' if stopped else 'finished'} after iteration {done}: see {run.folder}/curve.png and samples")
+    if WORLD > 1:
+        wait(run)
+        dist.destroy_process_group()
 
 
 # ==== END ALGORITHM ZONE ======================================================================================

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import grpo_flux as g
 
@@ -33,7 +34,7 @@ def folder(tmp_path, monkeypatch):
     (files / "other_model/vae").mkdir()
     (files / "other_model/vae/config.json").write_text((TINY / "flux/vae/config.json").read_text())
     (files / "run/checkpoints/step_000002").mkdir(parents=True)
-    (files / "run/checkpoints/step_000002/training_state.pt").touch()
+    (files / "run/checkpoints/step_000002/training_state").mkdir()
     args = g.parse_args(["--output_dir", str(files / "run")])
     (files / "run/args.json").write_text(json.dumps({"args": vars(args)}))
     monkeypatch.chdir(here)
@@ -143,11 +144,42 @@ def test_a_real_preset_asks_for_prompts_before_it_asks_for_the_model(folder, cap
     assert "--prompts" in capsys.readouterr().err
 
 
-def test_several_processes_are_refused(folder, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_prompts_of_the_hub_are_downloaded_at_their_revision(folder, monkeypatch):
+    (folder / "some.jsonl").write_text('{"prompt": "a red circle"}\n{"prompt": "a blue ring"}\n')
+    asked = []
+    file = folder / "some.jsonl"
+    monkeypatch.setattr(g, "hf_hub_download", lambda *words, **named: asked.append((words, named)) or file)
+    for address, revision in (("owner/name/data/some.jsonl", None), ("owner/name@v1/data/some.jsonl", "v1")):
+        g.parse_args(["--prompts", f"hf://datasets/{address}"])
+        assert asked[-1] == (("owner/name", "data/some.jsonl"), {"repo_type": "dataset", "revision": revision})
+    assert g.read_prompts("--prompts", "hf://datasets/owner/name/data/some.jsonl") == ["a red circle", "a blue ring"]
+
+
+@pytest.mark.parametrize("address", ["hf://datasets/name", "hf://owner/name/file.txt", "hf://datasets/owner/name"])
+def test_what_is_no_address_of_the_hub_is_refused(address, folder, capsys):
     with pytest.raises(SystemExit):
-        g.parse_args([])
-    assert "WORLD_SIZE 2" in capsys.readouterr().err
+        g.parse_args(["--prompts", address])
+    error = capsys.readouterr().err
+    assert address in error and "hf://datasets/OWNER/NAME/FILE" in error and error.count("\n") == 1
+
+
+def test_a_real_preset_without_a_gpu_is_refused_before_anything_loads(folder, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        g.parse_args(["--preset", "lora", "--prompts", str(TINY / "prompts.txt"), "--model", str(TINY / "flux")])
+    assert "--preset lora: needs a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, accepted",
+    [("--prompts_per_step 12", "--prompts_per_step 12: must be a multiple of the 5 processes"),
+     ("--prompts_per_step 10 --num_updates 5", "--num_updates 5: must divide the 24 samples that a process trains")],
+)  # fmt: skip
+def test_what_several_processes_cannot_share_is_refused(words, accepted, folder, capsys, monkeypatch):
+    monkeypatch.setattr(g, "WORLD", 5)
+    with pytest.raises(SystemExit):
+        g.parse_args(words.split())
+    assert accepted in capsys.readouterr().err
 
 
 def test_a_package_that_is_missing_is_named(folder, capsys, monkeypatch):
@@ -321,7 +353,7 @@ def test_more_bad_input_is_refused_in_one_line(words, text, folder, capsys):
     (folder / "blank.jsonl").write_text('{"prompt": " "}\n')
     for name in ("copied/step_000002", "torn/checkpoints/step_000002"):
         (folder / name).mkdir(parents=True)
-        (folder / name / "training_state.pt").touch()
+        (folder / name / "training_state").mkdir()
     (folder / "torn/args.json").touch()
     with pytest.raises(SystemExit) as stop:
         g.parse_args(words.replace("FILES", str(folder)).split())

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 import grpo_flux as g
 
@@ -174,8 +176,10 @@ def lines_of(folder):
     return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
-def state_of(folder, step):
-    return torch.load(Path(folder) / f"checkpoints/step_{step:06d}/training_state.pt", weights_only=True)
+def state_of(folder, step, kind=""):
+    """All tensors of a checkpoint of one process by name, or those of a kind: parameters, optimizer, ema."""
+    (file,) = Path(folder).glob(f"checkpoints/step_{step:06d}/training_state/*.safetensors")
+    return {k: v for k, v in load_file(file).items() if k.startswith(kind)}
 
 
 def checkpoints_of(folder):
@@ -909,7 +913,7 @@ def test_resume_without_an_average_and_from_an_older_checkpoint(files, tmp_path)
     older = tmp_path / "run/checkpoints/step_000002"
     weights = "checkpoints/step_000004/transformer/diffusion_pytorch_model.safetensors"
     exported = (tmp_path / "run" / weights).read_bytes()
-    (tmp_path / "run/checkpoints/step_000004/training_state.pt").unlink()  # the old file must not pass for a new one
+    shutil.rmtree(tmp_path / "run/checkpoints/step_000004/training_state")  # the old file must not pass for a new one
     g.main(argv(files, tmp_path / "run", **flags, resume_from_checkpoint=older))
     assert same(state_of(tmp_path / "run", 4), state)
     assert (tmp_path / "run" / weights).read_bytes() == exported
@@ -967,7 +971,7 @@ def test_weights_in_the_middle_of_an_iteration_are_not_saved(files, tmp_path, un
     with pytest.raises(RuntimeError, match="gradient's norm is nan in iteration 4"):
         g.main(argv(files, tmp_path / "run", **LONG))
     assert checkpoints_of(tmp_path / "run") == ["step_000002"]
-    assert same(state_of(tmp_path / "run", 2)["parameters"], state_of(unbroken, 2)["parameters"])
+    assert same(state_of(tmp_path / "run", 2, "parameters"), state_of(unbroken, 2, "parameters"))
 
 
 def test_a_failed_evaluation_leaves_no_gap_in_the_metrics(files, tmp_path, unbroken, monkeypatch):
@@ -1026,7 +1030,8 @@ def test_the_export_and_the_evaluation_use_the_average_and_training_does_not(bui
     assert torch.equal(flat(run.parameters), log.weights[-1])
     g.save_checkpoint(run, 3)
     assert torch.equal(flat(run.parameters), log.weights[-1])
-    assert same(state_of(run.folder, 3)["parameters"], [p.detach() for p in run.parameters])
+    kept = {f"parameters.{name}": p.detach() for name, p in run.names.items()}
+    assert same(state_of(run.folder, 3, "parameters"), kept)
     loaded = FluxTransformer2DModel.from_pretrained(run.folder / "checkpoints/step_000003/transformer")
     assert close(flat(loaded.parameters()), average, 1e-6)
 
