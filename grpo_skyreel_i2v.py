@@ -30,6 +30,7 @@ import sys
 import textwrap
 import time
 import warnings
+from datetime import timedelta
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -49,17 +50,21 @@ from diffusers import FluxPipeline, HunyuanSkyreelsImageToVideoPipeline
 from diffusers.training_utils import EMAModel
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import GatedRepoError
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 from rewards import binary, check_reward_names, load_rewards
 from sde import flow_sde_step, flow_sigmas, joint_nats, noise_levels
 
-for noise in (".*local_dir_use_symlinks", "torch.distributed is disabled", "FSDP2-wrapped module"):
-    warnings.filterwarnings("ignore", message=noise)  # of the libraries, about calls that are right as they are
+for harmless in (".*local_dir_use_symlinks", "torch.distributed is disabled", "FSDP2-wrapped module"):
+    warnings.filterwarnings("ignore", message=harmless)  # warnings of the libraries about calls that are meant so
 HERE = Path(__file__).resolve().parent
+RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # torchrun sets them
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 # Legend of shapes:  B rows = prompts x G    b rows of a micro-batch    G group size    T sampling steps
 #                    K rewards    *L latent dimensions, D their product    F frames    F' latent frames
@@ -87,7 +92,7 @@ PRESETS = {
         train_batch_size=36, max_train_steps=30, validation_steps=10,
     ),
     "lora": REAL | SCRIPT | dict(learning_rate=3e-4, rank=128, lora_alpha=256),  # these are of FLUX's script
-    "paper": REAL | dict(num_frames=53, num_inference_steps=25, num_updates=1),  # Table 6, App. C; frames: script
+    "paper": REAL | dict(num_frames=53, num_inference_steps=25, num_updates=1),  # Table 6, App. C; script
     "official": REAL | SCRIPT,
 }  # fmt: skip
 
@@ -103,7 +108,7 @@ def parse_args(argv=None):
     """The command line, checked before any model loads; bad input ends with one line and exit status 2."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
+    parser.error = lambda message: parser.exit(2, "" if LOCAL_RANK else f"{parser.prog}: error: {message}\n")
     flag, switch = parser.add_argument, argparse.BooleanOptionalAction
     flag("--preset", choices=PRESETS, default="tiny", help="a set of defaults; flags given by hand override it")
     # the model
@@ -119,7 +124,7 @@ def parse_args(argv=None):
     flag("--mixed_precision", choices=["no", "bf16"], default="no", help="bf16: autocast, trained weights in fp32")
     flag("--gradient_checkpointing", action=switch, default=False, help="recompute activations when needed")
     flag("--rank", type=int, default=0, help="LoRA rank; 0 trains every weight of the denoiser")
-    flag("--lora_alpha", type=int, default=0, help="scale of the LoRA, times its rank")
+    flag("--lora_alpha", type=int, default=0, help="scale of the LoRA: lora_alpha / rank")
     flag("--compile", action=switch, default=False, help="torch.compile each of the repeated blocks")
     # prompts and rewards
     flag("--prompts", metavar="FILE", help="training: .txt, .jsonl with 'prompt', or hf://datasets/OWNER/NAME/FILE")
@@ -151,7 +156,7 @@ def parse_args(argv=None):
     # optimization
     flag("--train_batch_size", type=int, default=1, help="rows of a micro-batch, in rollout and update alike")
     flag("--learning_rate", type=finite, default=1e-5, help="of AdamW, constant (Table 6)")
-    flag("--adam_8bit", action=switch, default=False, help="keep its moments in 8 bits (package bitsandbytes)")
+    flag("--adam_8bit", action=switch, default=False, help="moments in 8 bits, by bitsandbytes; one process")
     flag("--adam_weight_decay", type=finite, default=1e-4, help="(script)")
     flag("--max_grad_norm", type=finite, default=1.0, help="(Table 6)")
     flag("--ema_decay", type=finite, default=0.0, help="of the average that is evaluated and exported; 0: none")
@@ -193,8 +198,7 @@ def check_model(args):
             if (found := DiffusionPipeline.load_config(name)["_class_name"]) != "FluxPipeline":
                 raise ValueError(f"{flag} {name}: a {found}, not a FluxPipeline")
     except OSError as error:
-        raise ValueError(f"{flag} {name}: neither a folder of diffusers' layout nor a Hugging Face model that can be "
-                         f"reached ({type(error).__name__})") from error  # fmt: skip
+        raise out_of_reach(flag, name, error) from error
     if net.get("in_channels") != 2 * vae["latent_channels"]:
         raise ValueError(f"--transformer {args.transformer}: must take {2 * vae['latent_channels']} channels")
     multiple, frames = vae["spatial_compression_ratio"] * net["patch_size"], vae["temporal_compression_ratio"]
@@ -247,17 +251,17 @@ def first_frames(models, args, prompts):
     if missing := [prompt for prompt in files if not files[prompt].exists()]:
         drawn.mkdir(parents=True, exist_ok=True)
         models.painter = models.painter or FluxPipeline.from_pretrained(args.first_frame_model, dtype=models.vae.dtype)
-        models.painter.set_progress_bar_config(disable=True)
-        models.painter.to(models.device)
-        for prompt in missing:
-            image = models.painter(
-                prompt, height=args.height, width=args.width, num_inference_steps=30, guidance_scale=3.5,  # script
-                max_sequence_length=min(512, models.painter.tokenizer_2.model_max_length),
-                generator=seeded("first frame", prompt),
-            ).images[0]  # fmt: skip
-            image.save(drawn / f"part.{RANK}", "png")
-            (drawn / f"part.{RANK}").rename(files[prompt])  # whole or not at all
-        models.painter.to("cpu")  # the device is for training
+        pipe, script = models.painter, dict(num_inference_steps=30, guidance_scale=3.5)
+        pipe.set_progress_bar_config(disable=True)
+        length = min(512, pipe.tokenizer_2.model_max_length)  # the pipeline's
+        with on_device(models, [pipe.text_encoder, pipe.text_encoder_2]):  # not all at once: the policy is there, too
+            said = [pipe.encode_prompt(p, None, device=models.device, max_sequence_length=length)[:2] for p in missing]
+        with on_device(models, [pipe.transformer, pipe.vae]):
+            for prompt, (tokens, pooled) in zip(missing, said):
+                words = dict(prompt_embeds=tokens, pooled_prompt_embeds=pooled, generator=seeded("first frame", prompt))
+                image = pipe(**words, height=args.height, width=args.width, **script).images[0]
+                image.save(drawn / f"part.{RANK}", "png")
+                (drawn / f"part.{RANK}").rename(files[prompt])  # whole or not at all
     images = [ImageOps.exif_transpose(Image.open(files[prompt])).convert("RGB") for prompt in prompts]
     pixels = np.stack([np.array(ImageOps.fit(image, (args.width, args.height))) for image in images])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)[:, :, None] / 127.5 - 1
@@ -297,7 +301,7 @@ def predict(models, args, latents, level, cond):
     latents = torch.cat([latents, image], 1).repeat(halves, 1, 1, 1, 1)
     rows = latents.new_ones(len(latents))
     cond = {k: v[:, :halves].transpose(0, 1).flatten(0, 1) for k, v in cond.items() if k != "image_latents"}
-    with torch.autocast(models.device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
+    with torch.autocast(models.device.type, torch.bfloat16, args.mixed_precision == "bf16", cache_enabled=False):
         velocity = models.policy(
             hidden_states=latents,
             timestep=1000 * level * rows,
@@ -321,6 +325,231 @@ def decode(models, args, latents):
 
 # ==== END MODEL ZONE ==================================================================================================
 # ==== BEGIN ALGORITHM ZONE (the same text in every script) ====================================================
+# ---- the algorithm -------------------------------------------------------------------------------------------
+def seeded(*key):
+    """A generator that depends on `key` alone. All randomness is a function of (seed, step, row), so a run continues
+    bit for bit from a step number, and neither the micro-batch nor the device changes what is drawn."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "little"))
+
+
+def prompts_of_step(prompts, step, count, seed):
+    """`count` prompts, from a new shuffle of all of them in each epoch."""
+    first, last = step * count // len(prompts), ((step + 1) * count - 1) // len(prompts)
+    order = [torch.randperm(len(prompts), generator=seeded(seed, "epoch", e)) for e in range(first, last + 1)]
+    start = step * count - first * len(prompts)
+    return [prompts[i] for i in torch.cat(order)[start : start + count]]
+
+
+def etas_of_step(args, step):
+    """The noise level of each of the T steps in this iteration; a window's place is drawn anew each time."""
+    first, last = args.sde_window_range
+    start = int(torch.randint(first, last + 1, (), generator=seeded(args.seed, "window", step)))
+    window = (start, args.sde_window) if args.sde_window else None
+    return noise_levels(schedule(args), args.eta, args.eta_schedule, window).tolist()
+
+
+def as_in_training(models, args):
+    """The grad mode of the old policy's passes: a GPU's attention and a compiled block may take other kernels, which
+    round otherwise, where no gradient is asked for. A network that runs eagerly on a CPU does not."""
+    return torch.set_grad_enabled(args.compile or models.device.type == "cuda")
+
+
+@torch.no_grad()
+def rollout(models, args, cond, latents, etas, generators=None):
+    """Samples a micro-batch: initial noise (b, *L) and T noise levels (0: an ODE step) -> the trajectory
+    (b, T+1, *L), log_probs (b, T; NaN at ODE steps) and the decoded samples."""
+    trajectory, log_probs = [latents], []
+    for (level, next_level), eta in zip(pairwise(schedule(args).tolist()), etas):
+        with as_in_training(models, args):
+            output = predict(models, args, latents, level, cond).detach()
+        step = policy_step(output, latents, level, next_level, eta, generator=generators)
+        latents = step.next_latents
+        trajectory.append(latents)
+        log_probs.append(step.log_prob)
+    samples = decode(models, args, step.x0 if args.decode_x0 else latents)
+    return torch.stack(trajectory, 1), torch.stack(log_probs, 1), samples
+
+
+def group_advantages(rewards, weights, group_size):
+    """rewards (B, K), the rows of a group adjacent, weights (K,) -> advantages (B,) in float64, number of flat groups.
+
+    A = sum_k w_k (r_k - mean_k) / std_k in each group (paper, Algorithm 1 line 8): rewards of different scales add up
+    only once standardised. float64, since in float32 the mean of equal scores can be off by an ulp, which the division
+    would blow up. A group whose spread is within float32's rounding of its scores says nothing: its advantage is 0.
+    """
+    groups = rewards.double().view(-1, group_size, rewards.shape[1])  # (B/G, G, K)
+    centred, std = groups - groups.mean(1, keepdim=True), groups.std(1, keepdim=True)
+    flat = std <= 1e-6 * groups.abs().amax(1, keepdim=True)
+    advantages = torch.where(flat, 0.0, centred / torch.where(flat, 1.0, std))
+    return (advantages @ weights.double()).flatten(), int(flat.all(2).sum())
+
+
+def best_and_worst(advantages, group_size, keep):
+    """The rows of the keep/2 highest and the keep/2 lowest advantages of each group, in their old order."""
+    order = advantages.view(-1, group_size).argsort(dim=1, stable=True)
+    chosen = torch.cat([order[:, : keep // 2], order[:, group_size - keep // 2 :]], 1).sort(1).values
+    return (chosen + torch.arange(0, len(advantages), group_size)[:, None]).flatten()
+
+
+def policy_loss(log_prob, old_log_prob, advantage, clip_range):
+    """The negative of the clipped objective (paper, eq 9; sde.py (4)) and the ratio, each (b,)."""
+    ratio = torch.exp(log_prob - old_log_prob)
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return torch.maximum(-advantage * ratio, -advantage * clipped), ratio
+
+
+def train_step(run, step):
+    """One iteration of the algorithm, numbered as in the docstring above; returns its metrics."""
+    args, models, start = run.args, run.models, time.time()
+    G, levels, etas = args.num_generations, schedule(args).tolist(), etas_of_step(args, step)
+
+    def split(rows):  # num_updates updates, each a tuple of micro-batches: tensors of row numbers
+        return [update.split(args.train_batch_size) for update in rows.chunk(args.num_updates)]
+
+    # 1, 2: rows of a group are adjacent; every WORLD-th group is this process's.
+    prompts = prompts_of_step(run.prompts, step, args.prompts_per_step, args.seed)[RANK::WORLD]
+    cond = conditions(run, prompts)
+    prompts = [p for p in prompts for _ in range(G)]
+    rows = torch.arange(len(prompts))
+    numbers = (rows // G * WORLD + RANK) * G + rows % G  # among the rows of all processes
+    origins = numbers // G if args.init_same_noise else numbers
+
+    def cond_of(b):
+        return {k: v[b // G].to(models.device) for k, v in cond.items()}
+
+    # 3, 4: under the old policy, in the micro-batches of the update: a kernel may round a row otherwise among others.
+    # Samples are scored at once and not kept, and trajectories wait on the CPU: an iteration's do not fit on a device.
+    trajectories, old_log_probs, scored = [], [], []
+    with on_device(models, [models.vae]):
+        for b in sum(split(rows), ()):
+            latents = init_latents(models, args, [seeded(args.seed, "init", step, int(i)) for i in origins[b]])
+            noise = [seeded(args.seed, "noise", step, int(i)) for i in numbers[b]]
+            trajectory, log_probs, samples = rollout(models, args, cond_of(b), latents, etas, noise)
+            trajectories += trajectory.cpu().unbind()
+            old_log_probs.append(log_probs)
+            scored.append(run.reward(samples, [prompts[i] for i in b]))
+    old_log_probs = torch.cat(old_log_probs)
+    assert old_log_probs.shape == (len(prompts), args.num_inference_steps)
+
+    # 5
+    scores = {k: torch.cat([part[k] for part in scored]) for k in scored[0]}
+    trained = binary(scores, args.reward_thresholds) if args.reward_thresholds else scores
+    weights = torch.tensor(args.reward_weights or [1.0] * len(scores))
+    advantages, flat_groups = group_advantages(torch.stack([*trained.values()], 1).cpu(), weights, G)
+    if args.best_of_n:
+        rows = best_and_worst(advantages, G, args.best_of_n)
+    advantages = advantages.clamp(-args.adv_clip_max, args.adv_clip_max).float().to(models.device)
+
+    # 6: of those that have a density, without the last unless asked; drawn for each micro-batch.
+    reach = args.num_inference_steps - (not args.train_last_transition)
+    trainable = torch.tensor([t for t in range(reach) if etas[t] > 0])
+    count = math.ceil(args.timestep_fraction * len(trainable))
+
+    def transitions_of(b):
+        order = torch.randperm(len(trainable), generator=seeded(args.seed, "transitions", step, int(numbers[b[0]])))
+        return trainable[order[:count]].tolist()
+
+    updates = [[(b, transitions_of(b)) for b in update] for update in split(rows)]
+
+    def log_prob_of(b, t):
+        x, x_next = (torch.stack([trajectories[i][s] for i in b]).to(models.device) for s in (t, t + 1))
+        output = predict(models, args, x, levels[t], cond_of(b))
+        return policy_step(output, x, levels[t], levels[t + 1], etas[t], x_next).log_prob
+
+    if args.best_of_n:  # the kept rows share new micro-batches: the old policy scores them there once more
+        with as_in_training(models, args):
+            for b, steps in sum(updates, []):
+                for t in steps:
+                    old_log_probs[b, t] = log_prob_of(b, t).detach()
+
+    # 7: each update takes whole samples with all their chosen transitions.
+    seen, grad_norms = [], []
+    for number, update in enumerate(updates):
+        for b, steps in update:
+            for t in steps:
+                log_prob = log_prob_of(b, t)
+                loss, ratio = policy_loss(log_prob, old_log_probs[b, t], advantages[b], args.clip_range)
+                (loss.sum() * args.num_updates / (len(rows) * count)).backward()
+                seen.append(torch.stack([loss, ratio, log_prob - old_log_probs[b, t]]).detach())
+        if number == 0:  # nothing has been trained since the rollout: the two policies are one
+            first_ratios = torch.cat(seen, 1)[1]
+            ratio_max_dev = float((first_ratios - 1).abs().max())
+            if not ratio_max_dev <= args.ratio_tolerance:
+                raise RuntimeError(f"max|ratio-1| = {ratio_max_dev:.1e} before the first update, where it has to be 0, "
+                                   f"or at most --ratio_tolerance {args.ratio_tolerance:g}")  # fmt: skip
+        grad_norm = torch.nn.utils.clip_grad_norm_(run.parameters, args.max_grad_norm)
+        grad_norms.append(float(grad_norm.full_tensor() if WORLD > 1 else grad_norm))
+        if not math.isfinite(grad_norms[-1]):
+            raise RuntimeError(f"the gradient's norm is {grad_norms[-1]} in iteration {step + 1}")
+        run.consistent = False  # until the last update, these are not the weights of any iteration
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        if run.ema:
+            run.ema.step(run.parameters)
+    run.consistent = True
+
+    loss, ratio, log_ratio = torch.cat(seen, 1).double()
+    metrics = {f"reward/{k}": float(v.double().mean()) for k, v in scores.items()}
+    metrics |= {f"reward_std/{k}": float(v.double().view(-1, G).std(1).mean()) for k, v in scores.items()}
+    metrics |= {
+        "advantage_abs_mean": float(advantages.abs().mean()),
+        "loss": float(loss.mean()),
+        "ratio_max_dev": ratio_max_dev,
+        "ratio_transitions": len(first_ratios),
+        "ratio_mean": float(ratio.mean()),
+        "clip_frac": float(((ratio - 1).abs() > args.clip_range).double().mean()),
+        "approx_kl": float((ratio - 1 - log_ratio).mean()),  # of mean log-probabilities; estimator k3 of Schulman
+        "grad_norm": sum(grad_norms) / len(grad_norms),
+        "zero_std_groups": flat_groups,
+        "updates": len(updates),
+        "lr": args.learning_rate,
+        "samples_per_s": len(prompts) / (time.time() - start),
+        "time_s": time.time() - start,
+    }
+    return {"step": step + 1} | over_processes(metrics, models.device)
+
+
+@contextlib.contextmanager
+def averaged_weights(run):
+    """Evaluation and export use the average of the weights, where there is one."""
+    if run.ema:
+        run.ema.store(run.parameters)
+        run.ema.copy_to(run.parameters)
+    try:
+        yield
+    finally:
+        if run.ema:
+            run.ema.restore(run.parameters)
+
+
+@torch.no_grad()
+def evaluate(run, step):
+    """Held-out prompts by the ODE, from noise that is the same in every evaluation of every run. Returns eval/<name>
+    and eval_std/<name>, mean and spread over the samples, and draws one sample of each of the first prompts."""
+    args, models, shown, scored = run.args, run.models, [], []
+    prompts = [p for p in run.eval_prompts for _ in range(args.eval_samples)]
+    # Each process takes every WORLD-th row; the last rows wrap around, for all have to make the same calls.
+    rows = torch.arange(math.ceil(len(prompts) / WORLD) * WORLD)[RANK::WORLD] % len(prompts)
+    with averaged_weights(run), on_device(models, [models.vae]):
+        for b in rows.split(args.train_batch_size):
+            latents = init_latents(models, args, [seeded("eval", int(i)) for i in b])
+            words = [prompts[i] for i in b]
+            cond = {k: v.to(models.device) for k, v in conditions(run, words).items()}
+            samples = rollout(models, args, cond, latents, [0.0] * args.num_inference_steps)[2]
+            scored.append(run.reward(samples, words) | run.eval_reward(samples, words))
+            shown += [(prompts[i], sample.cpu()) for i, sample in zip(b, samples) if i % args.eval_samples == 0]
+            shown = shown[:SHOWN]
+    if RANK == 0:
+        words, samples = zip(*shown)
+        draw_samples(torch.stack(samples), words, step, run.folder / f"samples/step_{step:06d}")
+    # (WORLD, n) read column by column is the order of the rows.
+    scores = {k: gathered(torch.cat([p[k] for p in scored]), models.device).T.flatten() for k in scored[0]}
+    scores = {k: v[: len(prompts)] for k, v in scores.items()}
+    metrics = {f"eval/{k}": float(v.mean()) for k, v in scores.items()}
+    return metrics | {f"eval_std/{k}": float(v.std()) for k, v in scores.items()}
+
+
+# ---- bad input is refused ------------------------------------------------------------------------------------
 COUNTS = ("prompts_per_step", "num_updates", "train_batch_size", "max_train_steps", "validation_steps",
           "eval_samples", "checkpointing_steps", "checkpoints_total_limit")  # fmt: skip
 POSITIVE = ("learning_rate", "adv_clip_max", "max_grad_norm")
@@ -329,7 +558,6 @@ SHOWN, FPS = 24, 8  # samples in a picture; frames a second of an animation (scr
 # What may differ between a run and its continuation; anything else would make it another run.
 FREE = ("output_dir", "resume_from_checkpoint", "max_train_steps", "report_to", "checkpointing_steps",
         "checkpoints_total_limit")  # fmt: skip
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 
 
 def check_args(args):
@@ -351,6 +579,8 @@ def check_args(args):
         ("--lora_alpha", args.lora_alpha, (args.lora_alpha > 0) == (args.rank > 0), "above 0 with --rank, else 0"),
         ("--report_to", args.report_to, args.report_to == "none" or find_spec(args.report_to), "an installed package"),
         ("--adam_8bit", "on", not args.adam_8bit or find_spec("bitsandbytes"), "off: bitsandbytes is not installed"),
+        ("--adam_8bit", "on", not args.adam_8bit or WORLD == 1, "off: bitsandbytes cannot update shards"),
+        ("--preset", args.preset, args.preset == "tiny" or torch.cuda.is_available(), "tiny: the others need a GPU"),
         ("--prompts_per_step", args.prompts_per_step, args.prompts_per_step % WORLD == 0,
          f"a multiple of the {WORLD} processes"),
         *((f"--{name}", getattr(args, name), getattr(args, name) >= 1, "at least 1") for name in COUNTS),
@@ -428,68 +658,57 @@ def read_prompts(flag, path):
     """The prompts of a file, or of a folder's .txt files, in order; raises ValueError where there are none."""
     try:
         files = sorted(Path(path).glob("*.txt")) if Path(path).is_dir() else [Path(path)]
-        if path.startswith("hf://"):
-            if not (address := re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", path)):
-                raise OSError("an address is hf://datasets/OWNER/NAME/FILE, or .../NAME@REVISION/FILE")
+        address = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", path)
+        if path.startswith("hf://") and not address:
+            raise OSError("an address is hf://datasets/OWNER/NAME/FILE, or .../NAME@REVISION/FILE")
+        if not all(file.suffix in (".txt", ".jsonl") for file in files):
+            raise OSError("a .txt has a prompt in each line, a .jsonl an object with 'prompt'")
+        if address:
             repo, revision, file = address.groups()
             files = [Path(hf_hub_download(repo, file, repo_type="dataset", revision=revision))]
         lines = [line.strip() for f in files for line in f.read_text("utf-8-sig").split("\n") if line.strip()]
         prompts = [json.loads(line)["prompt"] for line in lines] if path.endswith(".jsonl") else lines
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{flag} {path}: must be a UTF-8 file of prompts; {type(error).__name__}: {error}") from error
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"{flag} {path}: must be a UTF-8 file of prompts, .txt or .jsonl; {why}") from error
     if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
         raise ValueError(f"{flag} {path}: must hold at least one prompt, and none that is empty or no text")
     return prompts
 
 
+def out_of_reach(flag, name, error):
+    """What to say of a model whose files cannot be had."""
+    why = "neither a folder with a model_index.json nor a Hugging Face model that can be reached"
+    if isinstance(error.__context__, GatedRepoError):
+        why = f"gated: accept its licence on https://huggingface.co/{name}, then `hf auth login`"
+    return ValueError(f"{flag} {name}: {why} ({type(error.__context__ or error).__name__})")
+
+
 def check_memory(args, kind, config):
-    """Refuses a policy whose weights, gradients and optimizer do not fit, before any of them is loaded: by building
-    it from its config without memory. Activations come on top; gradient checkpointing and micro-batches bound them."""
-    if args.preset != "tiny" and not torch.cuda.is_available():
-        raise ValueError(f"--preset {args.preset}: needs a GPU, and there is none; --preset tiny runs on a CPU")
+    """Refuses a policy whose weights, gradients and optimizer alone do not fit the GPUs, before any of them is loaded:
+    by building it from its config without memory. Activations, rewards and text encoders come on top."""
     if not torch.cuda.is_available():
         return
     with torch.device("meta"):
         policy = kind.from_config(config)
         add_lora(policy, args)
+    total = sum(p.numel() for p in policy.parameters())
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in policy.parameters()) - trained
-    # fp32 weights, gradients and two moments of what is trained; 2 bytes where the base is bf16.
-    need = trained * (10 if args.adam_8bit else 16) + frozen * (2 if args.mixed_precision == "bf16" else 4)
+    # fp32 weights, gradients, two moments and the average of what is trained; 2 bytes where the base is bf16.
+    moments = (2 if args.adam_8bit else 8) + 4 * (args.ema_decay > 0)
+    need = trained * (8 + moments) + (total - trained) * (2 if args.mixed_precision == "bf16" else 4)
     have = torch.cuda.get_device_properties(0).total_memory
     if need / WORLD > have:
-        raise ValueError(f"--rank {args.rank}: {trained / 1e9:.2f} billion trained parameters take {need / 2**30:.0f} "
-                         f"GiB with gradients and AdamW; must fit {WORLD} GPUs of {have / 2**30:.0f} GiB: try torchrun "
-                         f"on {math.ceil(1.25 * need / have)}, or a LoRA")  # fmt: skip
+        gpus = math.ceil(1.25 * (need + 6 * trained * args.adam_8bit) / have)
+        advice = "" if args.rank else ", or a LoRA (--rank, --lora_alpha)"
+        if WORLD == 1 and not args.adam_8bit and need - 6 * trained < have:
+            advice = ", or --adam_8bit" + advice
+        raise ValueError(f"--rank {args.rank}: to train {trained / 1e9:.2f} of {total / 1e9:.2f} billion weights takes "
+                         f"{need / 2**30:.0f} GiB with gradients and AdamW; must fit {WORLD} x {have / 2**30:.0f}: try "
+                         f"torchrun on {gpus} such GPUs{advice}")  # fmt: skip
 
 
-def seeded(*key):
-    """A generator that depends on `key` alone. All randomness is a function of (seed, step, row), so a run continues
-    bit for bit from a step number, and neither the micro-batch nor the device changes what is drawn."""
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "little"))
-
-
-def prompts_of_step(prompts, step, count, seed):
-    """`count` prompts, from a new shuffle of all of them in each epoch."""
-    first, last = step * count // len(prompts), ((step + 1) * count - 1) // len(prompts)
-    order = [torch.randperm(len(prompts), generator=seeded(seed, "epoch", e)) for e in range(first, last + 1)]
-    start = step * count - first * len(prompts)
-    return [prompts[i] for i in torch.cat(order)[start : start + count]]
-
-
-@contextlib.contextmanager
-def on_device(models, parts):
-    """What is idle most of the time is on the device while it is needed, and goes back to where it was."""
-    homes = [next(part.parameters()).device for part in parts]
-    for part in parts:
-        part.to(models.device)
-    try:
-        yield
-    finally:
-        for part, home in zip(parts, homes):
-            part.to(home)
-
-
+# ---- encoded prompts -----------------------------------------------------------------------------------------
 def conditions(run, prompts):
     """What encode_prompts says of each prompt: (n, ...) on the CPU, computed once and kept with the run. One prompt at
     a time: what a prompt says must not depend on its company."""
@@ -507,172 +726,28 @@ def conditions(run, prompts):
     return {k: torch.cat([loaded[p][k] for p in prompts]) for k in loaded[prompts[0]]}
 
 
-def etas_of_step(args, step):
-    """The noise level of each of the T steps in this iteration; a window's place is drawn anew each time."""
-    first, last = args.sde_window_range
-    start = int(torch.randint(first, last + 1, (), generator=seeded(args.seed, "window", step)))
-    window = (start, args.sde_window) if args.sde_window else None
-    return noise_levels(schedule(args), args.eta, args.eta_schedule, window).tolist()
+@contextlib.contextmanager
+def on_device(models, parts):
+    """Text encoders and autoencoder are idle most of the time: on the device for the length of a block, then where they
+    were. No copy comes back, for what from_pretrained maps from a file is one memory for all processes."""
+    tensors = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
+    homes = [tensor.data for tensor in tensors]
+    for tensor in tensors:
+        tensor.data = tensor.data.to(models.device)
+    try:
+        yield
+    finally:
+        for tensor, home in zip(tensors, homes):
+            tensor.data = home
 
 
-def as_in_training(args):
-    """The grad mode of the old policy's passes. Eagerly it has no say in the numbers; a compiled block is another
-    program, which rounds otherwise, when nothing is to be differentiated."""
-    return torch.set_grad_enabled(args.compile)
-
-
-@torch.no_grad()
-def rollout(models, args, cond, latents, etas, generators=None):
-    """Samples a micro-batch: initial noise (b, *L) and T noise levels (0: an ODE step) -> the trajectory
-    (b, T+1, *L), log_probs (b, T; NaN at ODE steps) and the decoded samples."""
-    trajectory, log_probs = [latents], []
-    for (level, next_level), eta in zip(pairwise(schedule(args).tolist()), etas):
-        with as_in_training(args):
-            output = predict(models, args, latents, level, cond).detach()
-        step = policy_step(output, latents, level, next_level, eta, generator=generators)
-        latents = step.next_latents
-        trajectory.append(latents)
-        log_probs.append(step.log_prob)
-    samples = decode(models, args, step.x0 if args.decode_x0 else latents)
-    return torch.stack(trajectory, 1), torch.stack(log_probs, 1), samples
-
-
-def group_advantages(rewards, weights, group_size):
-    """rewards (B, K), the rows of a group adjacent, weights (K,) -> advantages (B,) in float64, number of flat groups.
-
-    A = sum_k w_k (r_k - mean_k) / std_k in each group (paper, Algorithm 1 line 8): rewards of different scales add up
-    only once standardised. float64, since in float32 the mean of equal scores can be off by an ulp, which the division
-    would blow up. A group whose spread is within float32's rounding of its scores says nothing: its advantage is 0.
-    """
-    groups = rewards.double().view(-1, group_size, rewards.shape[1])  # (B/G, G, K)
-    centred, std = groups - groups.mean(1, keepdim=True), groups.std(1, keepdim=True)
-    flat = std <= 1e-6 * groups.abs().amax(1, keepdim=True)
-    advantages = torch.where(flat, 0.0, centred / torch.where(flat, 1.0, std))
-    return (advantages @ weights.double()).flatten(), int(flat.all(2).sum())
-
-
-def best_and_worst(advantages, group_size, keep):
-    """The rows of the keep/2 highest and the keep/2 lowest advantages of each group, in their old order."""
-    order = advantages.view(-1, group_size).argsort(dim=1, stable=True)
-    chosen = torch.cat([order[:, : keep // 2], order[:, group_size - keep // 2 :]], 1).sort(1).values
-    return (chosen + torch.arange(0, len(advantages), group_size)[:, None]).flatten()
-
-
-def policy_loss(log_prob, old_log_prob, advantage, clip_range):
-    """The negative of the clipped objective (paper, eq 9; sde.py (4)) and the ratio, each (b,)."""
-    ratio = torch.exp(log_prob - old_log_prob)
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    return torch.maximum(-advantage * ratio, -advantage * clipped), ratio
-
-
-def train_step(run, step):
-    """One iteration of the algorithm, numbered as in the docstring above; returns its metrics."""
-    args, models, start = run.args, run.models, time.time()
-    G, levels, etas = args.num_generations, schedule(args).tolist(), etas_of_step(args, step)
-
-    def split(rows):  # num_updates updates, each a tuple of micro-batches: tensors of row numbers
-        return [update.split(args.train_batch_size) for update in rows.chunk(args.num_updates)]
-
-    # 1, 2: rows of a group are adjacent; every WORLD-th group is this process's.
-    prompts = prompts_of_step(run.prompts, step, args.prompts_per_step, args.seed)[RANK::WORLD]
-    cond = conditions(run, prompts)
-    prompts = [p for p in prompts for _ in range(G)]
-    rows = torch.arange(len(prompts))
-    numbers = (rows // G * WORLD + RANK) * G + rows % G  # among the rows of all processes
-    origins = numbers // G if args.init_same_noise else numbers
-
-    def cond_of(b):
-        return {k: v[b // G].to(models.device) for k, v in cond.items()}
-
-    # 3, 4: under the old policy, in the micro-batches of the update: a kernel may round otherwise in another company.
-    # Samples are scored at once and not kept, trajectories wait on the CPU: those of an iteration fit no device.
-    rolled, scored = [], []
-    with on_device(models, [models.vae]):
-        for b in sum(split(rows), ()):
-            latents = init_latents(models, args, [seeded(args.seed, "init", step, int(i)) for i in origins[b]])
-            noise = [seeded(args.seed, "noise", step, int(i)) for i in numbers[b]]
-            trajectory, log_probs, samples = rollout(models, args, cond_of(b), latents, etas, noise)
-            rolled.append((trajectory.cpu(), log_probs))
-            scored.append(run.reward(samples, [prompts[i] for i in b]))
-    trajectory, old_log_probs = (torch.cat(parts) for parts in zip(*rolled))
-    assert old_log_probs.shape == (len(prompts), args.num_inference_steps)
-
-    # 5
-    scores = {k: torch.cat([part[k] for part in scored]) for k in scored[0]}
-    trained = binary(scores, args.reward_thresholds) if args.reward_thresholds else scores
-    weights = torch.tensor(args.reward_weights or [1.0] * len(scores))
-    advantages, flat_groups = group_advantages(torch.stack([*trained.values()], 1).cpu(), weights, G)
-    if args.best_of_n:
-        rows = best_and_worst(advantages, G, args.best_of_n)
-    advantages = advantages.clamp(-args.adv_clip_max, args.adv_clip_max).float().to(models.device)
-
-    # 6: of those that have a density, without the last unless asked; drawn for each micro-batch.
-    reach = args.num_inference_steps - (not args.train_last_transition)
-    trainable = torch.tensor([t for t in range(reach) if etas[t] > 0])
-    count = math.ceil(args.timestep_fraction * len(trainable))
-
-    def transitions_of(b):
-        order = torch.randperm(len(trainable), generator=seeded(args.seed, "transitions", step, int(numbers[b[0]])))
-        return trainable[order[:count]].tolist()
-
-    updates = [[(b, transitions_of(b)) for b in update] for update in split(rows)]
-
-    def log_prob_of(b, t):
-        x, x_next = trajectory[b, t].to(models.device), trajectory[b, t + 1].to(models.device)
-        output = predict(models, args, x, levels[t], cond_of(b))
-        return policy_step(output, x, levels[t], levels[t + 1], etas[t], x_next).log_prob
-
-    if args.best_of_n:  # the kept rows share new micro-batches: the old policy scores them there once more
-        with as_in_training(args):
-            for b, steps in sum(updates, []):
-                for t in steps:
-                    old_log_probs[b, t] = log_prob_of(b, t).detach()
-
-    # 7: each update takes whole samples with all their chosen transitions.
-    seen, grad_norms = [], []
-    for number, update in enumerate(updates):
-        for b, steps in update:
-            for t in steps:
-                log_prob = log_prob_of(b, t)
-                loss, ratio = policy_loss(log_prob, old_log_probs[b, t], advantages[b], args.clip_range)
-                (loss.sum() * args.num_updates / (len(rows) * count)).backward()
-                seen.append(torch.stack([loss, ratio, log_prob - old_log_probs[b, t]]).detach())
-        if number == 0:  # nothing has been trained since the rollout: the two policies are one
-            first_ratios = torch.cat(seen, 1)[1]
-            ratio_max_dev = float((first_ratios - 1).abs().max())
-            if not ratio_max_dev <= args.ratio_tolerance:
-                raise RuntimeError(f"max|ratio-1| = {ratio_max_dev:.1e} before the first update, where it has to be 0, "
-                                   f"or at most --ratio_tolerance {args.ratio_tolerance:g}")  # fmt: skip
-        grad_norm = torch.nn.utils.clip_grad_norm_(run.parameters, args.max_grad_norm)
-        grad_norms.append(float(grad_norm.full_tensor() if WORLD > 1 else grad_norm))
-        if not math.isfinite(grad_norms[-1]):
-            raise RuntimeError(f"the gradient's norm is {grad_norms[-1]} in iteration {step + 1}")
-        run.whole = False  # until the last update, these are not the weights of any iteration
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-        if run.ema:
-            run.ema.step(run.parameters)
-    run.whole = True
-
-    loss, ratio, log_ratio = torch.cat(seen, 1).double()
-    metrics = {f"reward/{k}": float(v.double().mean()) for k, v in scores.items()}
-    metrics |= {f"reward_std/{k}": float(v.double().view(-1, G).std(1).mean()) for k, v in scores.items()}
-    metrics |= {
-        "advantage_abs_mean": float(advantages.abs().mean()),
-        "loss": float(loss.mean()),
-        "ratio_max_dev": ratio_max_dev,
-        "ratio_transitions": len(first_ratios),
-        "ratio_mean": float(ratio.mean()),
-        "clip_frac": float(((ratio - 1).abs() > args.clip_range).double().mean()),
-        "approx_kl": float((ratio - 1 - log_ratio).mean()),  # of mean log-probabilities; estimator k3 of Schulman
-        "grad_norm": sum(grad_norms) / len(grad_norms),
-        "zero_std_groups": flat_groups,
-        "updates": len(updates),
-        "lr": args.learning_rate,
-        "samples_per_s": len(prompts) / (time.time() - start),
-        "time_s": time.time() - start,
-    }
-    return {"step": step + 1} | over_processes(metrics, models.device)
+# ---- metrics and pictures ------------------------------------------------------------------------------------
+def over_processes(metrics, device):
+    """One iteration's metrics of all processes as one: means, but for what adds up and what is a worst case."""
+    table = dict(zip(metrics, gathered(list(metrics.values()), device).T))
+    how = {"ratio_max_dev": torch.amax, "time_s": torch.amax, "updates": torch.amax}
+    how |= dict.fromkeys(("zero_std_groups", "ratio_transitions", "samples_per_s"), torch.sum)
+    return {k: type(metrics[k])(how.get(k, torch.mean)(v)) for k, v in table.items()}
 
 
 def gathered(values, device):
@@ -683,52 +758,9 @@ def gathered(values, device):
     return torch.stack(parts)
 
 
-def over_processes(metrics, device):
-    """One iteration's metrics of all processes as one: means, but for what adds up and what is a worst case."""
-    table = dict(zip(metrics, gathered(list(metrics.values()), device).T))
-    how = {"ratio_max_dev": torch.amax, "time_s": torch.amax, "updates": torch.amax}
-    how |= dict.fromkeys(("zero_std_groups", "ratio_transitions", "samples_per_s"), torch.sum)
-    return {k: type(metrics[k])(how.get(k, torch.mean)(v)) for k, v in table.items()}
-
-
-@contextlib.contextmanager
-def averaged_weights(run):
-    """Evaluation and export use the average of the weights, where there is one."""
-    if run.ema:
-        run.ema.store(run.parameters)
-        run.ema.copy_to(run.parameters)
-    try:
-        yield
-    finally:
-        if run.ema:
-            run.ema.restore(run.parameters)
-
-
-@torch.no_grad()
-def evaluate(run, step):
-    """Held-out prompts by the ODE, from noise that is the same in every evaluation of every run. Returns eval/<name>
-    and eval_std/<name>, mean and spread over the samples, and draws one sample of each of the first prompts."""
-    args, models, shown, scored = run.args, run.models, [], []
-    prompts = [p for p in run.eval_prompts for _ in range(args.eval_samples)]
-    # Each process takes every WORLD-th row; the last rows wrap around, for all have to make the same calls.
-    rows = torch.arange(math.ceil(len(prompts) / WORLD) * WORLD)[RANK::WORLD] % len(prompts)
-    with averaged_weights(run), on_device(models, [models.vae]):
-        for b in rows.split(args.train_batch_size):
-            latents = init_latents(models, args, [seeded("eval", int(i)) for i in b])
-            words = [prompts[i] for i in b]
-            cond = {k: v.to(models.device) for k, v in conditions(run, words).items()}
-            samples = rollout(models, args, cond, latents, [0.0] * args.num_inference_steps)[2]
-            scored.append(run.reward(samples, words) | run.eval_reward(samples, words))
-            shown += [(prompts[i], sample.cpu()) for i, sample in zip(b, samples) if i % args.eval_samples == 0]
-            shown = shown[:SHOWN]
-    if RANK == 0:
-        words, samples = zip(*shown)
-        draw_samples(torch.stack(samples), words, step, run.folder / f"samples/step_{step:06d}")
-    # (WORLD, n) read column by column is the order of the rows.
-    scores = {k: gathered(torch.cat([p[k] for p in scored]), models.device).T.flatten() for k in scored[0]}
-    scores = {k: v[: len(prompts)] for k, v in scores.items()}
-    metrics = {f"eval/{k}": float(v.mean()) for k, v in scores.items()}
-    return metrics | {f"eval_std/{k}": float(v.std()) for k, v in scores.items()}
+def wait(run):
+    """Until all processes are here."""
+    gathered([0.0], run.models.device)
 
 
 def draw_samples(samples, prompts, step, path):
@@ -774,24 +806,45 @@ def draw_curves(folder):
     plt.close(figure)
 
 
+def print_header(run):
+    args, P, G = run.args, run.args.prompts_per_step, run.args.num_generations
+    D = init_latents(run.models, args, [seeded(0)]).numel()
+    processes = f" in each of {WORLD} processes" if WORLD > 1 else ""
+    trainable = args.sde_window or args.num_inference_steps - (not args.train_last_transition)
+    steps, kept = math.ceil(args.timestep_fraction * trainable), P * (args.best_of_n or G)
+    print(f"preset       {args.preset}; the others: {' '.join(name for name in PRESETS if name != args.preset)}")
+    print(f"model        {args.pretrained_model_name_or_path} on {run.models.device}{processes}")
+    print(f"trained      {sum(p.numel() for p in run.parameters):,} parameters of {run.models.kind.__name__}")
+    print(f"iteration    {P} prompts x {G} = {P * G} samples, {kept} trained, {args.num_updates} updates")
+    print(f"transitions  {kept * steps} trained an iteration: {steps} of {args.num_inference_steps} steps a sample")
+    print(f"clip_range   {args.clip_range:g} on the mean over D = {D:,} dimensions: "
+          f"{joint_nats(args.clip_range, D):.2g} nats of joint log-probability")  # fmt: skip
+    print(f"output       {args.output_dir}", flush=True)
+
+
+def open_tracker(args):
+    """A function that takes the metrics to TensorBoard or to Weights & Biases, or nowhere."""
+    if args.report_to == "tensorboard" and RANK == 0:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(args.output_dir)
+        return lambda metrics: [writer.add_scalar(k, v, metrics["step"]) for k, v in metrics.items()]
+    if args.report_to == "wandb" and RANK == 0:
+        import wandb
+
+        return wandb.init(dir=args.output_dir, config=vars(args)).log
+    return lambda metrics: None
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------
 def training_state(run):
     """All tensors that an iteration depends on besides its number: parameters, AdamW's moments, the average."""
-    if not run.optimizer.state:  # AdamW makes its moments in its first step: here one that changes nothing
-        for group in run.optimizer.param_groups:
-            group["lr"] = 0.0
-        for parameter in run.parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-        for group in run.optimizer.param_groups:
-            group["lr"] = run.args.learning_rate
-    state = {}
-    for i, (name, parameter) in enumerate(run.names.items()):
-        state[f"parameters.{name}"] = parameter.detach()
-        state |= {f"optimizer.{name}.{key}": torch.as_tensor(v) for key, v in run.optimizer.state[parameter].items()}
-        if run.ema:
-            state[f"ema.{name}"] = run.ema.shadow_params[i]
-    return state
+    get_optimizer_state_dict(run.models.policy, run.optimizer)  # makes the moments, should there be none yet
+    state = {f"parameters.{name}": parameter.detach() for name, parameter in run.trained.items()}
+    for name, parameter in run.trained.items():
+        moments, fixed = run.optimizer.state[parameter], ("qmap1", "qmap2")  # tables of AdamW in 8 bits
+        state |= {f"optimizer.{name}.{k}": torch.as_tensor(v) for k, v in moments.items() if k not in fixed}
+    return state | ({f"ema.{n}": v for n, v in zip(run.trained, run.ema.shadow_params)} if run.ema else {})
 
 
 def save_checkpoint(run, step):
@@ -803,13 +856,15 @@ def save_checkpoint(run, step):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     wait(run)
-    writer = dcp.HuggingFaceStorageWriter(str(part / "training_state"), save_distributed=True)  # safetensors
-    dcp.save(training_state(run), storage_writer=writer, no_dist=WORLD == 1)
-    with averaged_weights(run):  # one parameter after the other: the whole policy is on no device
+    state = training_state(run)
+    files = {name: 1 + i // 64 for i, name in enumerate(state)}  # safetensors, each copied in memory when it is written
+    writer = dcp.HuggingFaceStorageWriter(str(part / "training_state"), files, save_distributed=True)
+    dcp.save(state, storage_writer=writer, no_dist=WORLD == 1)
+    with averaged_weights(run):  # gathered one parameter at a time: no device has room for all
         weights = {}
-        for name, parameter in run.names.items():
-            whole = parameter.full_tensor() if WORLD > 1 else parameter
-            weights |= {name: whole.detach().cpu()} if RANK == 0 else {}
+        for name, parameter in run.trained.items():
+            full = parameter.full_tensor() if WORLD > 1 else parameter
+            weights |= {name: full.detach().cpu()} if RANK == 0 else {}
         if RANK == 0:
             save_policy(run.models, run.args, part, weights)
     if RANK == 0:
@@ -844,7 +899,7 @@ def load_checkpoint(run):
     with torch.no_grad():
         reader = dcp.HuggingFaceStorageReader(str(checkpoint / "training_state"))
         dcp.load(state, storage_reader=reader, no_dist=WORLD == 1)  # in place
-    for name, parameter in run.names.items():
+    for name, parameter in run.trained.items():
         for key, value in run.optimizer.state[parameter].items():
             if not isinstance(value, torch.Tensor):  # a counter of AdamW in 8 bits
                 run.optimizer.state[parameter][key] = type(value)(state[f"optimizer.{name}.{key}"])
@@ -857,19 +912,16 @@ def load_checkpoint(run):
     return step
 
 
-def wait(run):
-    """Until all processes are here."""
-    gathered([0.0], run.models.device)
-
-
+# ---- the run -------------------------------------------------------------------------------------------------
 def start_processes():
     """The device of this process, which joins those that torchrun started."""
     if not torch.cuda.is_available():
         device = torch.device("cpu")
     else:
-        torch.cuda.set_device(device := torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
+        torch.cuda.set_device(device := torch.device("cuda", LOCAL_RANK))
     if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        patience = timedelta(hours=2)  # while the first process writes the export, or downloads
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     return device
 
 
@@ -892,7 +944,8 @@ def prepare_policy(models, args):
         policy.enable_gradient_checkpointing()
     if args.compile:
         policy.compile_repeated_blocks()
-    shard = functools.partial(fully_shard, mp_policy=MixedPrecisionPolicy(
+    # Left whole after evaluation, the root's weights would be those of the average in the next rollout.
+    shard = functools.partial(fully_shard, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if args.mixed_precision == "bf16" else None, reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # autocast does that, and leaves the noise level in fp32
     )) if WORLD > 1 else lambda module: module.to(models.device)  # fmt: skip
@@ -910,21 +963,22 @@ def make_run(args):
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()  # else each long prompt is printed each time that it is encoded
     device = start_processes()
-    if WORLD > 1:  # its default holds the time, which may have gone on between two processes
+    if WORLD > 1:  # the default holds the time of day, which each process reads for itself
         dist.broadcast_object_list(name := [args.output_dir])
         args.output_dir = name[0]
-    torch.manual_seed(args.seed)  # a LoRA begins at random
-    run = SimpleNamespace(args=args, folder=Path(args.output_dir), models=load_models(args, device), whole=True)
-    for part in (run.models.policy, run.models.vae, *run.models.encoders):
-        part.requires_grad_(False).eval()  # eval(): dropout would make the ratio differ from 1
-    prepare_policy(run.models, args)
-    run.names = {name: p for name, p in run.models.policy.named_parameters() if p.requires_grad}
-    run.parameters = list(run.names.values())
+    run = SimpleNamespace(args=args, folder=Path(args.output_dir), consistent=True)
     run.reward = load_rewards(args.reward, reward_paths(args), device)
     run.eval_reward = load_rewards(held_out(args), reward_paths(args), device)
+    run.models = load_models(args, device)
+    for part in (run.models.policy, run.models.vae, *run.models.encoders):
+        part.requires_grad_(False).eval()  # eval(): dropout would make the ratio differ from 1
+    torch.manual_seed(args.seed)  # a LoRA begins at random
+    prepare_policy(run.models, args)
+    run.trained = {name: p for name, p in run.models.policy.named_parameters() if p.requires_grad}
+    run.parameters = list(run.trained.values())
     run.prompts = read_prompts("--prompts", args.prompts)
     run.eval_prompts = read_prompts("--eval_prompts", args.eval_prompts) if args.eval_prompts else []
-    AdamW = torch.optim.AdamW
+    AdamW = functools.partial(torch.optim.AdamW, fused=True)  # the other kinds make a copy of all weights in a step
     if args.adam_8bit:
         from bitsandbytes.optim import AdamW8bit as AdamW
     run.optimizer = AdamW(run.parameters, args.learning_rate, weight_decay=args.adam_weight_decay)
@@ -938,39 +992,13 @@ def make_run(args):
     return run
 
 
-def print_header(run):
-    args, P, G = run.args, run.args.prompts_per_step, run.args.num_generations
-    D = init_latents(run.models, args, [seeded(0)]).numel()
-    processes = f" in each of {WORLD} processes" if WORLD > 1 else ""
-    trainable = args.sde_window or args.num_inference_steps - (not args.train_last_transition)
-    steps, kept = math.ceil(args.timestep_fraction * trainable), P * (args.best_of_n or G)
-    print(f"preset       {args.preset}; the others: {' '.join(name for name in PRESETS if name != args.preset)}")
-    print(f"model        {args.pretrained_model_name_or_path} on {run.models.device}{processes}")
-    print(f"trained      {sum(p.numel() for p in run.parameters):,} parameters of {run.models.kind.__name__}")
-    print(f"iteration    {P} prompts x {G} = {P * G} samples, {kept} trained, {args.num_updates} updates")
-    print(f"transitions  {kept * steps} trained an iteration: {steps} of {args.num_inference_steps} steps a sample")
-    print(f"clip_range   {args.clip_range:g} on the mean over D = {D:,} dimensions: "
-          f"{joint_nats(args.clip_range, D):.2g} nats of joint log-probability")  # fmt: skip
-    print(f"output       {args.output_dir}", flush=True)
-
-
-def open_tracker(args):
-    """A function that takes the metrics to TensorBoard or to Weights & Biases, or nowhere."""
-    if args.report_to == "tensorboard" and RANK == 0:
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(args.output_dir)
-        return lambda metrics: [writer.add_scalar(k, v, metrics["step"]) for k, v in metrics.items()]
-    if args.report_to == "wandb" and RANK == 0:
-        import wandb
-
-        return wandb.init(dir=args.output_dir, config=vars(args)).log
-    return lambda metrics: None
-
-
 def main(argv=None):
     args = parse_args(argv)
-    run, stop, stopped, track = make_run(args), [], False, open_tracker(args)
+    try:
+        run = make_run(args)
+    except (OSError, ValueError) as error:  # weights that are missing, that may not be had, or that are not as pinned
+        sys.exit(f"{Path(__file__).name}: error: {type(error).__name__}: {' '.join(str(error).split())}")
+    stop, stopped, track = [], False, open_tracker(args)
     say = tqdm.write if RANK == 0 else lambda line: None  # the first process speaks and writes for all
     done = load_checkpoint(run) if args.resume_from_checkpoint else 0
     saved = done
@@ -991,7 +1019,7 @@ def main(argv=None):
         signal.signal(number, signal.SIG_DFL)
 
     handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    whole = WORLD == 1  # what has gone wrong in one of several processes leaves the others nobody to save with
+    in_step = WORLD == 1  # where one of several processes has failed, the others have nobody to save with
     try:
         if run.eval_prompts and done == 0:
             record({"step": 0} | evaluate(run, 0))
@@ -1013,9 +1041,12 @@ def main(argv=None):
             stopped = bool(gathered([len(stop)], run.models.device).any())  # one that is asked to stop stops all
             if stopped:
                 break
-        whole = True
+        in_step = True
+    except torch.OutOfMemoryError as error:
+        raise RuntimeError("the GPU's memory is full: try a smaller --train_batch_size, --gradient_checkpointing, "
+                           "a smaller size, a LoRA, or torchrun on more GPUs") from error  # fmt: skip
     finally:  # whatever ended the loop: the last whole iteration is kept
-        if whole and run.whole and done > saved:
+        if in_step and run.consistent and done > saved:
             save_checkpoint(run, done)
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -1,5 +1,6 @@
 """The command line of grpo_flux.py: bad input is refused in one line before anything is loaded or written."""
 
+import importlib
 import inspect
 import json
 import os
@@ -7,13 +8,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError
 
 import grpo_flux as g
 
 TINY = g.HERE / "tiny"
+ANSWER = SimpleNamespace(headers={}, request=None)  # of the Hub, without its words
 
 
 @pytest.fixture
@@ -27,6 +32,8 @@ def folder(tmp_path, monkeypatch):
     (files / "latin.txt").write_bytes("ein grüner Kreis".encode("latin-1"))
     (files / "keyless.jsonl").write_text('{"text": "a red circle on white"}\n')
     (files / "broken.jsonl").write_text("{\n")
+    (files / "train.json").write_text('[\n  {"prompt": "a cat"}\n]\n')
+    (files / "train.csv").write_text("prompt\na cat\n")
     (files / "mine.py").write_text("raise SystemError('executed')\n\n\ndef mine(images, prompts):\n    pass\n")
     (files / "broken.py").write_text("def mine(\n")
     (files / "other_model").mkdir()
@@ -65,6 +72,9 @@ BAD = """
 --prompts FILES/latin.txt                                             UTF-8
 --prompts FILES/keyless.jsonl                                         UTF-8
 --prompts FILES/broken.jsonl                                          UTF-8
+--prompts FILES/train.json                                            .jsonl
+--prompts FILES/train.csv                                             .jsonl
+--prompts hf://datasets/owner/name/train.json                         .jsonl
 --eval_prompts FILES/absent.txt                                       UTF-8
 --eval_prompts FILES/empty.txt                                        at least one
 --model FILES                                                         model_index.json
@@ -138,7 +148,8 @@ def test_bad_input_is_refused_in_one_line(command, accepted, folder, capsys):
     assert not list(Path.cwd().iterdir()) and sorted(map(str, folder.rglob("*"))) == before
 
 
-def test_a_real_preset_asks_for_prompts_before_it_asks_for_the_model(folder, capsys):
+def test_a_real_preset_asks_for_prompts_before_it_asks_for_the_model(folder, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(SystemExit):
         g.parse_args(["--preset", "paper"])
     assert "--prompts" in capsys.readouterr().err
@@ -163,11 +174,66 @@ def test_what_is_no_address_of_the_hub_is_refused(address, folder, capsys):
     assert address in error and "hf://datasets/OWNER/NAME/FILE" in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("script", ["grpo_flux", "grpo_sd14", "grpo_hunyuan_video", "grpo_skyreel_i2v"])
+def test_a_gated_model_says_where_its_licence_is(script, folder, capsys, monkeypatch):
+    """As the Hub answers; diffusers makes an OSError of it."""
+    def refuse(name, *args, **kwargs):
+        raise GatedRepoError("401 Client Error.\n\nAccess is restricted.", response=ANSWER)
+
+    monkeypatch.setattr(diffusers.configuration_utils, "hf_hub_download", refuse)
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(script).parse_args(["--model", "owner/name"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert "--model owner/name: gated: accept its licence on https://huggingface.co/owner/name" in error
+
+
+def test_prompts_that_the_hub_has_not_are_refused_in_one_line(folder, capsys, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RemoteEntryNotFoundError("404 Client Error.\n\nEntry Not Found", response=ANSWER)
+
+    monkeypatch.setattr(g, "hf_hub_download", refuse)
+    with pytest.raises(SystemExit) as stop:
+        g.parse_args(["--prompts", "hf://datasets/owner/name/prompts.txt"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "404 Client Error. Entry Not Found" in error
+
+
+def test_weights_that_are_not_as_pinned_end_the_run_with_one_line(folder, monkeypatch):
+    """Found where they are loaded: before the first step, with nothing written."""
+    def refuse(*args):
+        raise ValueError("HPS_v2.1_compressed.pt: sha256 0, not 1;\ndownload it again")
+
+    monkeypatch.setattr(g, "load_rewards", refuse)
+    with pytest.raises(SystemExit) as stop:
+        g.main(["--output_dir", str(folder / "new")])
+    said = "HPS_v2.1_compressed.pt: sha256 0, not 1; download it again"
+    assert stop.value.code == f"grpo_flux.py: error: ValueError: {said}"
+    assert not (folder / "new").exists()
+
+
+@pytest.mark.parametrize("rank, said", [(0, 1), (1, 0)])
+def test_one_process_of_a_machine_says_what_is_wrong(rank, said, folder, capsys, monkeypatch):
+    monkeypatch.setattr(g, "LOCAL_RANK", rank)
+    with pytest.raises(SystemExit) as stop:
+        g.parse_args(["--eta", "0"])
+    assert stop.value.code == 2 and capsys.readouterr().err.count("error: --eta 0.0") == said
+
+
+def test_adam_in_8_bits_is_refused_on_several_processes(folder, capsys, monkeypatch):
+    monkeypatch.setattr(g, "find_spec", lambda name: True)
+    g.parse_args(["--adam_8bit"])
+    monkeypatch.setattr(g, "WORLD", 2)
+    with pytest.raises(SystemExit):
+        g.parse_args(["--adam_8bit"])
+    assert "--adam_8bit on: must be off: bitsandbytes" in capsys.readouterr().err
+
+
 def test_a_real_preset_without_a_gpu_is_refused_before_anything_loads(folder, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         g.parse_args(["--preset", "lora", "--prompts", str(TINY / "prompts.txt"), "--model", str(TINY / "flux")])
-    assert "--preset lora: needs a GPU" in capsys.readouterr().err
+    assert "--preset lora: must be tiny: the others need a GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -217,6 +283,7 @@ def test_jsonl_and_txt_give_the_same_prompts(tmp_path):
 @pytest.fixture
 def preset(monkeypatch):
     monkeypatch.setattr(g, "check_model", lambda args: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # what the others than tiny ask for
     return lambda name, *words: g.parse_args(["--preset", name, "--prompts", str(TINY / "prompts.txt"), *words])
 
 
@@ -265,13 +332,14 @@ def test_help_shows_every_flag(capsys):
     "name, script",
     [
         ("lora", dict(num_inference_steps=12, prompts_per_step=16, num_updates=2, learning_rate=3e-4, rank=128,
-                      lora_alpha=256, checkpointing_steps=60, max_train_steps=301)),
+                      lora_alpha=256, checkpointing_steps=60, max_train_steps=301,
+                      timestep_fraction=0.5)),  # int(0.6 x 11) = 6 transitions, ours ceil(0.5 x 11)
         ("official", dict(num_inference_steps=16, prompts_per_step=16, num_updates=3, learning_rate=1e-5, rank=0,
-                          checkpointing_steps=40, max_train_steps=300)),
+                          checkpointing_steps=40, max_train_steps=300, timestep_fraction=0.6)),
     ],
 )  # fmt: skip
 def test_the_other_presets_are_the_authors_scripts(name, script, preset):
-    script |= dict(ema_decay=0.0, num_generations=12, eta=0.3, shift=3.0, timestep_fraction=0.6, clip_range=1e-4,
+    script |= dict(ema_decay=0.0, num_generations=12, eta=0.3, shift=3.0, clip_range=1e-4,
                    adv_clip_max=5.0, max_grad_norm=1.0, guidance_scale=3.5, height=720, width=720,
                    adam_weight_decay=1e-4)  # fmt: skip
     args = preset(name)
@@ -374,7 +442,7 @@ def test_prompts_may_hold_a_byte_order_mark_and_any_separator(tmp_path):
 
 def test_a_model_that_is_out_of_reach_is_one_line(tmp_path):
     """As a process of its own: a library's warning would be a second line."""
-    command = [sys.executable, g.HERE / "grpo_flux.py", "--preset", "paper", "--prompts", TINY / "prompts.txt"]
+    command = [sys.executable, g.HERE / "grpo_flux.py", "--model", "black-forest-labs/FLUX.1-dev"]
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=offline)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "FLUX.1-dev" in result.stderr, result.stderr

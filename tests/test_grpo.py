@@ -3,6 +3,7 @@
 The models are the embedded tiny ones, the rewards mostly colours; nothing depends on how well the models were trained.
 """
 
+import contextlib
 import copy
 import json
 import math
@@ -178,8 +179,8 @@ def lines_of(folder):
 
 def state_of(folder, step, kind=""):
     """All tensors of a checkpoint of one process by name, or those of a kind: parameters, optimizer, ema."""
-    (file,) = Path(folder).glob(f"checkpoints/step_{step:06d}/training_state/*.safetensors")
-    return {k: v for k, v in load_file(file).items() if k.startswith(kind)}
+    files = Path(folder).glob(f"checkpoints/step_{step:06d}/training_state/*.safetensors")
+    return {k: v for file in files for k, v in load_file(file).items() if k.startswith(kind)}
 
 
 def checkpoints_of(folder):
@@ -721,6 +722,88 @@ def test_trained_are_a_share_of_the_transitions_with_noise_that_matters(flags, c
     assert f"transitions  {rows * count} trained an iteration: {count} of 6 steps a sample" in header
 
 
+# ---- ENCODED PROMPTS, AND WHAT IS IDLE ---------------------------------------------------------------------------
+def test_a_prompt_is_encoded_once_alone_and_kept_with_the_run(build, monkeypatch):
+    run, encode, asked = build(**WINDOW), g.encode_prompts, []
+    monkeypatch.setattr(g, "encode_prompts", lambda models, words: asked.append(words) or encode(models, words))
+    words = ["a red circle on white", "a blue ring on black", "a red circle on white"]
+    first = g.conditions(run, words)
+    assert asked == [[words[0]], [words[1]]], "each of them once"
+    again = g.conditions(run, words[::-1])
+    assert len(asked) == 2 and len(list((run.folder / "conditions").iterdir())) == 2
+    for k, wanted in encode(run.models, words).items():
+        torch.testing.assert_close(first[k], wanted)
+        assert first[k].device.type == "cpu" and torch.equal(again[k], first[k].flip(0))
+        assert torch.equal(first[k][0], first[k][2]) and not torch.equal(first[k][0], first[k][1])
+    run.args.pretrained_model_name_or_path = "another"  # which would say something else
+    g.conditions(run, words)
+    assert len(asked) == 4
+
+
+def test_encoders_and_decoder_are_on_the_device_only_while_they_work(build, monkeypatch):
+    """Moving to "cpu:0" copies, as moving to a GPU does; what was copied comes back as the very memory it was."""
+    run = build(**WINDOW)
+    parts = [*run.models.encoders, run.models.vae]
+
+    def places():
+        return [tensor.data_ptr() for part in parts for tensor in (*part.parameters(), *part.buffers())]
+
+    before, run.models.device = places(), torch.device("cpu:0")
+    with pytest.raises(ZeroDivisionError), g.on_device(run.models, parts):
+        assert not {*before} & {*places()}
+        raise ZeroDivisionError
+    assert places() == before
+
+    run.models.device, inside, moved, on_device = torch.device("cpu"), [], [], g.on_device
+
+    @contextlib.contextmanager
+    def watched(models, parts):
+        inside.append({id(part) for part in parts})
+        moved.append(inside[-1])
+        with on_device(models, parts):
+            yield
+        inside.pop()
+
+    def must_be_inside(name, parts):
+        function = getattr(g, name)
+
+        def call(*words):
+            assert {id(part) for part in parts} <= set().union(*inside), f"{name} off the device"
+            return function(*words)
+
+        monkeypatch.setattr(g, name, call)
+
+    monkeypatch.setattr(g, "on_device", watched)
+    must_be_inside("encode_prompts", run.models.encoders)
+    must_be_inside("decode", [run.models.vae])
+    g.train_step(run, 0)
+    g.evaluate(run, 0)
+    assert not inside and any({id(e) for e in run.models.encoders} <= parts for parts in moved)
+
+
+@pytest.mark.parametrize("device, compiled, gradients", [("cpu", 0, 0), ("cpu", 1, 1), ("cuda", 0, 1), ("cuda", 1, 1)])
+def test_the_old_policy_asks_for_gradients_where_that_can_change_a_kernel(device, compiled, gradients):
+    models, args = SimpleNamespace(device=torch.device(device)), SimpleNamespace(compile=bool(compiled))
+    with torch.no_grad(), g.as_in_training(models, args):
+        assert torch.is_grad_enabled() == bool(gradients)
+
+
+def test_a_rollout_with_gradients_is_the_same_and_keeps_no_graph(build, monkeypatch):
+    run = build(**WINDOW)
+    args, models = run.args, run.models
+    cond = {k: v.repeat(3, *[1] * (v.ndim - 1)) for k, v in g.conditions(run, ["a red circle on white"]).items()}
+
+    def roll():
+        latents = g.init_latents(models, args, [g.seeded("x", i) for i in range(3)])
+        noise = [g.seeded("n", i) for i in range(3)]
+        return g.rollout(models, args, cond, latents, g.etas_of_step(args, 0), noise)
+
+    without = roll()
+    monkeypatch.setattr(g, "as_in_training", lambda models, args: torch.enable_grad())
+    for a, b in zip(without, roll(), strict=True):
+        assert same({"": a.nan_to_num()}, {"": b.nan_to_num()}) and not b.requires_grad
+
+
 # ---- THE RATIO ---------------------------------------------------------------------------------------------------
 RATIO = [dict(train_batch_size=size) for size in (1, 5, 12, 24)]
 RATIO += [dict(mixed_precision="bf16", train_batch_size=size) for size in (5, 24)]
@@ -746,6 +829,24 @@ def test_ratio_is_exactly_1_before_the_first_update(flags, build):
             assert metrics["ratio_mean"] != 1 and metrics["clip_frac"] > 0 and metrics["approx_kl"] > 1e-6
         else:
             assert metrics["ratio_mean"] == 1 and metrics["clip_frac"] == 0 and metrics["approx_kl"] == 0
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(train_batch_size=12),
+        dict(train_batch_size=5, best_of_n=4, mixed_precision="bf16"),
+        dict(train_batch_size=12, gradient_checkpointing=True, rank=4, lora_alpha=8),
+    ],
+)  # fmt: skip
+def test_ratio_of_compiled_blocks_is_exactly_1_too(flags, build):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    run = build(**WINDOW | dict(num_generations=12, learning_rate=1e-2, compile=True) | flags)
+    for step in range(2):
+        assert g.train_step(run, step)["ratio_max_dev"] == 0.0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2, "a block of each kind was compiled"
 
 
 def with_dropout(run, monkeypatch):
@@ -920,6 +1021,46 @@ def test_resume_without_an_average_and_from_an_older_checkpoint(files, tmp_path)
     assert lines_of(tmp_path / "run") == lines
 
 
+def test_adam_in_8_bits_goes_on_bit_for_bit(files, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    flags = WINDOW | dict(adam_8bit=True, rank=64, lora_alpha=64, max_train_steps=2)
+    g.main(argv(files, tmp_path / "run", **flags))
+    assert any(v.dtype == torch.uint8 for v in state_of(tmp_path / "run", 2, "optimizer").values())
+    flags["max_train_steps"] = 3
+    g.main(argv(files, tmp_path / "run", **flags, resume_from_checkpoint="latest"))
+    g.main(argv(files, tmp_path / "unbroken", **flags))
+    assert same(state_of(tmp_path / "run", 3), state_of(tmp_path / "unbroken", 3))
+
+
+def test_a_table_that_an_optimizer_shares_and_a_number_it_counts_are_in_the_training_state(build, monkeypatch):
+    """As bitsandbytes keeps them; safetensors writes no tensor twice."""
+    class AdamW8bit(torch.optim.SGD):
+        table = torch.zeros(256)
+
+        def __init__(self, parameters, lr, weight_decay):
+            super().__init__(parameters, lr)
+
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                count = self.state[p].get("step", 0)
+                moment = torch.full(p.shape, 7, dtype=torch.uint8)
+                self.state[p] = {"step": count + 1, "state1": moment, "qmap1": self.table}
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", SimpleNamespace(AdamW8bit=AdamW8bit))
+    monkeypatch.setattr(g, "find_spec", lambda name: True)
+    run = build(**WINDOW, adam_8bit=True)
+    for _ in range(3):
+        run.optimizer.step()
+    g.save_checkpoint(run, 3)
+    (run.folder / "metrics.jsonl").touch()
+    run.optimizer.state.clear()
+    run.args.resume_from_checkpoint = str(run.folder / "checkpoints/step_000003")
+    assert g.load_checkpoint(run) == 3
+    moments = [run.optimizer.state[p] for p in run.parameters]
+    assert all(m["step"] == 3 and m["state1"].eq(7).all() for m in moments)
+
+
 def test_a_run_is_not_resumed_with_other_settings_nor_written_over(files, tmp_path, unbroken, capsys):
     for flags, word in (
         (dict(learning_rate=1e-2, resume_from_checkpoint="latest"), "--learning_rate 0.01: must be 0.001"),
@@ -1030,7 +1171,7 @@ def test_the_export_and_the_evaluation_use_the_average_and_training_does_not(bui
     assert torch.equal(flat(run.parameters), log.weights[-1])
     g.save_checkpoint(run, 3)
     assert torch.equal(flat(run.parameters), log.weights[-1])
-    kept = {f"parameters.{name}": p.detach() for name, p in run.names.items()}
+    kept = {f"parameters.{name}": p.detach() for name, p in run.trained.items()}
     assert same(state_of(run.folder, 3, "parameters"), kept)
     loaded = FluxTransformer2DModel.from_pretrained(run.folder / "checkpoints/step_000003/transformer")
     assert close(flat(loaded.parameters()), average, 1e-6)

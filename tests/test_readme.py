@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,6 +112,7 @@ def test_every_command_parses(name, reader, monkeypatch, capsys):
         with monkeypatch.context() as patch:
             if "--preset" in words:  # the real ones ask the Hub
                 patch.setattr(module, "check_model", lambda args: None)
+                patch.setattr(torch.cuda, "is_available", lambda: True)
             try:
                 module.parse_args(words)
             except SystemExit:

@@ -374,6 +374,7 @@ SHARED = dict(
 )  # fmt: skip
 def test_a_preset_is_its_source(script, preset, own, monkeypatch):
     monkeypatch.setattr(script, "check_model", lambda args: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     args = script.parse_args(["--preset", preset, "--prompts", f"{TINY}/prompts_video.txt"])
     assert {name: getattr(args, name) for name in SHARED | own} == SHARED | own
     json.dumps(vars(args))
