@@ -491,6 +491,7 @@ def evaluate(run, step):
     prompts = [p for p in run.eval_prompts for _ in range(args.eval_samples)]
     # Each process takes every WORLD-th row; the last rows wrap around, for all have to make the same calls.
     rows = torch.arange(math.ceil(len(prompts) / WORLD) * WORLD)[RANK::WORLD] % len(prompts)
+    conditions(run, [prompts[i] for i in rows])  # what is missing is encoded in one go
     with averaged_weights(run), on_device(models, [models.vae]):
         for b in rows.split(args.train_batch_size):
             latents = init_latents(models, args, [seeded("eval", int(i)) for i in b])
@@ -639,7 +640,7 @@ def read_prompts(flag, path):
 
 def out_of_reach(flag, name, error):
     """What to say of a model whose files cannot be had."""
-    why = "neither a folder with a model_index.json nor a Hugging Face model that can be reached"
+    why = "neither a folder of diffusers' layout (model_index.json) nor a Hugging Face model that can be reached"
     if isinstance(error.__context__, GatedRepoError):
         why = f"gated: accept its licence on https://huggingface.co/{name}, then `hf auth login`"
     return ValueError(f"{flag} {name}: {why} ({type(error.__context__ or error).__name__})")

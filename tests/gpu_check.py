@@ -1,21 +1,25 @@
 """Real sizes on one GPU, with random weights: time, memory, arithmetic, and whether the ratio is 1.
 
-    python tests/gpu_check.py [CASE ...]        all cases without a name
-    python tests/gpu_check.py --tiny [CASE ...] the same lines on the tiny models, as the tests run them on a CPU
+    python tests/gpu_check.py [CASE ...]        all cases without a name, each in a process of its own
+    python tests/gpu_check.py --tiny [CASE ...] the same lines at the tiny models' sizes, as the tests run them on a CPU
 
-A case is one iteration of a script on the samples of one prompt, with the flags of its row in CASES, after one call of
-the network to warm up. Nothing is downloaded: networks are built from the real configs (tests/real_models.py) with
-random weights, conditions are random, and the reward is the mean of the pixels, which takes no time.
+A case is one iteration of a script on the samples of one prompt, with the flags of its row in CASES, after one forward
+and backward pass to warm up. Nothing is downloaded: networks are built from the real configs (tests/real_models.py)
+with random weights, conditions are random, and the reward is the mean of the pixels, which takes no time.
 
 seconds        of the iteration; in it, of the network in rollout, of the decoder, and of the update
-of matmul      model FLOP/s (a forward pass once, a backward pass twice; what is recomputed does not count) as a share
-               of the bf16 matmul rate, measured first: in rollout, without the decoder, and in the update
-peak           GiB allocated on the GPU
+of_matmul      model FLOP/s as a share of the bf16 matmul rate, measured first: in rollout, without the decoder, and in
+               the update. A forward pass counts once; so does the way of the gradient back through the activations,
+               and, where the weights themselves are trained, its way to them. What is recomputed does not count.
+peak_gib       allocated on the GPU
+gain           samples a second of a row / of the row of the same network and size at micro-batch 1, the authors' way
 """
 
 import argparse
 import importlib
 import json
+import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,40 +33,37 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import real_models  # noqa: E402
 
-TINY = ROOT / "tiny"
 LORA = "--preset lora --prompts_per_step 1 --num_updates 1 --num_generations 4"
 FULL = "--preset official --prompts_per_step 1 --num_updates 1 --num_generations 4"
 CASES = {
-    **{f"flux-720-lora-b{b}": ("grpo_flux", f"{LORA} --train_batch_size {b}") for b in (1, 2, 4)},
-    "flux-720-lora-b4-compile": ("grpo_flux", f"{LORA} --train_batch_size 4 --compile"),
-    **{f"flux-1024-lora-b{b}": ("grpo_flux", f"{LORA} --train_batch_size {b} --height 1024 --width 1024")
-       for b in (1, 2, 4)},
+    **{f"flux-{size}-lora-b{b}{kind}": (
+        "grpo_flux", f"{LORA} --height {size} --width {size} --train_batch_size {b} {flag}")
+       for size in (720, 1024) for kind, flag in (("", ""), ("-compile", "--compile")) for b in (1, 2, 4)},
     "flux-720-full-8bit": ("grpo_flux", f"{FULL} --train_batch_size 2 --adam_8bit"),
-    "sd14-512-full": ("grpo_sd14", f"{FULL} --train_batch_size 4"),
-    "hunyuan-480x480x53-lora": ("grpo_hunyuan_video", f"{LORA} --best_of_n 0 --height 480 --width 480"),
+    **{f"sd14-512-full-b{b}": ("grpo_sd14", f"{FULL} --train_batch_size {b}") for b in (1, 4)},
+    "hunyuan-480x480x53-lora": ("grpo_hunyuan_video", f"{LORA} --best_of_n 0"),
     "skyreel-400x640x53-lora": ("grpo_skyreel_i2v", LORA),
 }  # fmt: skip
-FOLDERS = {"grpo_flux": "flux", "grpo_sd14": "sd14"}  # of the tiny models; hunyuan_video of the others
 SMALL = "--preset tiny --num_inference_steps 4 --sde_window 2 --sde_window_range 0 1 --height 64 --width 64"
 
 
-def random_zone(module, name):
-    """Puts random networks and conditions of the real size where the script would load and encode."""
+def random_zone(module, name, tiny):
+    """Puts random networks and conditions where the script would load and encode."""
 
     def load_models(args, device):
         default = torch.get_default_dtype()
         torch.set_default_dtype(torch.bfloat16)
         with device:
-            kind, parts = real_models.parts_of(name)
+            kind, parts = real_models.parts_of(name, tiny)
         torch.set_default_dtype(default)
         pipe = kind(**parts)
-        if "video" in name or "i2v" in name:
+        if hasattr(args, "num_frames"):
             pipe.vae.enable_tiling()
         parts = {"policy": parts[module.PART], "vae": pipe.vae, "encoders": []}
         return SimpleNamespace(pipe=pipe, device=device, args=args, **parts)
 
     def encode_prompts(models, prompts):
-        shapes = real_models.CONDITIONS[name]
+        shapes = real_models.conditions_of(name, models.policy.config)
         cond = {k: torch.randn(len(prompts), *shape, dtype=torch.bfloat16) for k, shape in shapes.items()}
         cond = {k: torch.ones_like(v) if "mask" in k else v for k, v in cond.items()}
         if name == "grpo_skyreel_i2v":
@@ -92,20 +93,22 @@ def matmul_rate(device):
 
 
 def check(case, tiny, folder):
-    """Runs a case and returns its row."""
+    """Runs a case and returns its row; leaves the script's module changed."""
     name, flags = CASES[case]
     module = importlib.import_module(name)
-    zone = module.load_models, module.encode_prompts, module.predict, module.decode
+    rate = matmul_rate(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     reward = folder / "reward.py"
     reward.write_text("def mean(media, prompts):\n    return media.flatten(1).mean(1)\n")
     # What check_model reads is the tiny model's; load_models below is what builds the real size.
-    model = TINY / FOLDERS.get(name, "hunyuan_video")
-    words = [*f"{flags} {SMALL if tiny else ''}".split(), "--model", str(model), "--reward", f"{reward}:mean"]
-    words += ["--output_dir", str(folder / case), "--prompts", str(TINY / "prompts_video.txt")]
+    model = real_models.TINY / real_models.MODELS[name][2]
+    small = f"{SMALL} --rank 4 --lora_alpha 8" if "lora" in case else SMALL
+    words = [*f"{flags} {small if tiny else ''}".split(), "--mixed_precision", "bf16", "--model", str(model)]
+    words += ["--reward", f"{reward}:mean", "--prompts", str(real_models.TINY / "prompts_video.txt")]
+    words += ["--output_dir", str(folder / case)]
     if name == "grpo_skyreel_i2v":
-        words += ["--transformer", str(TINY / "skyreels_i2v"), "--first_frame_model", str(TINY / "flux")]
-    if not tiny:
-        random_zone(module, name)
+        words += ["--transformer", str(real_models.TINY / "skyreels_i2v")]
+        words += ["--first_frame_model", str(real_models.TINY / "flux")]
+    random_zone(module, name, tiny)
     run = module.make_run(module.parse_args(words))
     models, args, device = run.models, run.args, run.models.device
 
@@ -148,13 +151,11 @@ def check(case, tiny, folder):
     start = clock(device)
     metrics = module.train_step(run, 0)
     end = clock(device)
-    module.group_advantages = advantages
-    module.load_models, module.encode_prompts, module.predict, module.decode = zone
-    samples, rate = args.num_generations, matmul_rate(device)
+    samples = args.num_generations
     rolled = samples * args.num_inference_steps * flops / spent["predict"]
-    updated = 3 * metrics["ratio_transitions"] * flops / (end - scoring[0])
+    updated = (2 if args.rank else 3) * metrics["ratio_transitions"] * flops / (end - scoring[0])
     return {
-        "case": case, "weights": "tiny" if tiny else "random", "device": str(device), "flags": flags,
+        "case": case, "weights": "random, tiny" if tiny else "random", "device": str(device), "flags": flags,
         "seconds": end - start, "rollout_s": spent["predict"], "decode_s": spent["decode"],
         "update_s": end - scoring[0], "samples_per_s": samples / (end - start),
         "of_matmul_rollout": rolled / rate, "of_matmul_update": updated / rate, "matmul_tflops": rate / 1e12,
@@ -172,9 +173,21 @@ def main(argv=None):
         parser.error(f"{' '.join(unknown)}: must be of {' '.join(CASES)}")
     if not args.tiny and not torch.cuda.is_available():
         parser.error("needs a GPU, and there is none; --tiny runs on a CPU")
-    for case in args.cases or CASES:
+    if len(args.cases) == 1:
         with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps(check(case, args.tiny, Path(folder))), flush=True)
+            print(json.dumps(check(args.cases[0], args.tiny, Path(folder))), flush=True)
+        return
+    rows = {}
+    for case in args.cases or CASES:
+        command = [sys.executable, __file__, case, *["--tiny"] * args.tiny]
+        result = subprocess.run(command, capture_output=True, text=True)
+        lines = (result.stderr if result.returncode else result.stdout).strip().splitlines()
+        row = {"case": case, "error": lines[-1]} if result.returncode else json.loads(lines[-1])
+        rows[case] = row
+        single = rows.get(re.sub(r"-b\d.*", "-b1", case), {})
+        if single is not row and "error" not in single | row and single:
+            row["gain"] = row["samples_per_s"] / single["samples_per_s"]
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

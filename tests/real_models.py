@@ -3,21 +3,13 @@
 Numbers are of the config.json in each repository of the Hugging Face Hub, as named beside them.
 """
 
+from pathlib import Path
+
 from diffusers import AutoencoderKL, AutoencoderKLHunyuanVideo, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers import FluxTransformer2DModel, HunyuanSkyreelsImageToVideoPipeline, HunyuanVideoPipeline
 from diffusers import HunyuanVideoTransformer3DModel, StableDiffusionPipeline, UNet2DConditionModel
 
-# What the text encoders of the real models say of n prompts: T5 of 512 tokens, Llama of 256, CLIP of 77.
-CONDITIONS = {
-    "grpo_flux": dict(encoder_hidden_states=(512, 4096), pooled_projections=(768,)),
-    "grpo_sd14": dict(prompt_embeds=(77, 768), negative_prompt_embeds=(77, 768)),
-    "grpo_hunyuan_video": dict(
-        encoder_hidden_states=(256, 4096), pooled_projections=(768,), encoder_attention_mask=(256,)
-    ),
-    "grpo_skyreel_i2v": dict(
-        encoder_hidden_states=(2, 256, 4096), pooled_projections=(2, 768), encoder_attention_mask=(2, 256)
-    ),
-}
+TINY = Path(__file__).resolve().parents[1] / "tiny"
 
 # black-forest-labs/FLUX.1-dev
 FLUX = dict(
@@ -48,22 +40,55 @@ HUNYUAN_VAE = dict(
     latent_channels=16, block_out_channels=(128, 256, 512, 512), layers_per_block=2, scaling_factor=0.476986,
     spatial_compression_ratio=8, temporal_compression_ratio=4, mid_block_add_attention=True,
 )  # fmt: skip
-FLOW = {"scheduler": FlowMatchEulerDiscreteScheduler()}
+SCHEDULER = FlowMatchEulerDiscreteScheduler()  # reads its tensors when it is made, which a fake one does not allow
+SD14_PARTS = {"unet": (UNet2DConditionModel, SD14), "vae": (AutoencoderKL, SD14_VAE)}
+FLUX_PARTS = {"transformer": (FluxTransformer2DModel, FLUX), "vae": (AutoencoderKL, FLUX_VAE)}
+HUNYUAN_PARTS = {
+    "transformer": (HunyuanVideoTransformer3DModel, HUNYUAN), "vae": (AutoencoderKLHunyuanVideo, HUNYUAN_VAE)
+}  # fmt: skip
+SKYREELS_PARTS = HUNYUAN_PARTS | {"transformer": (HunyuanVideoTransformer3DModel, HUNYUAN | {"in_channels": 32})}
+# script: pipeline, its networks, the folder of the tiny one
+MODELS = {
+    "grpo_sd14": (StableDiffusionPipeline, SD14_PARTS, "sd14"),
+    "grpo_flux": (FluxPipeline, FLUX_PARTS, "flux"),
+    "grpo_hunyuan_video": (HunyuanVideoPipeline, HUNYUAN_PARTS, "hunyuan_video"),
+    "grpo_skyreel_i2v": (HunyuanSkyreelsImageToVideoPipeline, SKYREELS_PARTS, "hunyuan_video"),
+}
 
 
-def parts_of(script):
-    """{what: a network of the real size}, on the device that is current."""
-    none = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    if script == "grpo_flux":
-        networks = {"transformer": FluxTransformer2DModel(**FLUX), "vae": AutoencoderKL(**FLUX_VAE)}
-        return FluxPipeline, none | FLOW | networks
+def config_of(script, part, tiny=False):
+    """The config of a network of the real pipeline, or of the tiny one."""
+    _, parts, folder = MODELS[script]
+    kind, config = parts[part]
+    if tiny and (script, part) == ("grpo_skyreel_i2v", "transformer"):
+        config = kind.load_config(TINY / "skyreels_i2v")
+    elif tiny:
+        config = kind.load_config(TINY / folder, subfolder=part)
+    return config
+
+
+def parts_of(script, tiny=False):
+    """The pipeline's class and {what: a network with random weights, or None}, on the device that is current."""
+    pipeline, parts, _ = MODELS[script]
+    made = {part: kind.from_config(config_of(script, part, tiny)) for part, (kind, _) in parts.items()}
+    missing = dict.fromkeys(("text_encoder", "tokenizer"))
     if script == "grpo_sd14":
-        none = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor", "scheduler"))
-        networks = {"unet": UNet2DConditionModel(**SD14), "vae": AutoencoderKL(**SD14_VAE)}
-        return StableDiffusionPipeline, none | networks | {"requires_safety_checker": False}
-    channels, kind = {
-        "grpo_hunyuan_video": (16, HunyuanVideoPipeline),
-        "grpo_skyreel_i2v": (32, HunyuanSkyreelsImageToVideoPipeline),
-    }[script]
-    transformer = HunyuanVideoTransformer3DModel(**HUNYUAN | {"in_channels": channels})
-    return kind, none | FLOW | {"transformer": transformer, "vae": AutoencoderKLHunyuanVideo(**HUNYUAN_VAE)}
+        others = dict.fromkeys(("safety_checker", "feature_extractor", "scheduler"))
+        others |= {"requires_safety_checker": False}
+    else:
+        missing |= dict.fromkeys(("text_encoder_2", "tokenizer_2"))
+        others = {"scheduler": SCHEDULER}
+    return pipeline, made | missing | others
+
+
+def conditions_of(script, config):
+    """{name: shape} of what the text encoders say of a prompt to a network of this config: T5 of 512 tokens, Llama of
+    256, CLIP of 77; of SkyReels with the empty prompt beside it."""
+    if script == "grpo_sd14":
+        return dict.fromkeys(("prompt_embeds", "negative_prompt_embeds"), (77, config["cross_attention_dim"]))
+    pooled = config["pooled_projection_dim"]
+    if script == "grpo_flux":
+        return dict(encoder_hidden_states=(512, config["joint_attention_dim"]), pooled_projections=(pooled,))
+    text = dict(encoder_hidden_states=(256, config["text_embed_dim"]), pooled_projections=(pooled,))
+    text |= dict(encoder_attention_mask=(256,))
+    return {k: (2, *shape) for k, shape in text.items()} if script == "grpo_skyreel_i2v" else text

@@ -3,16 +3,21 @@
 Counts of parameters are half the bytes of the bf16 files in the repositories, or the published count.
 """
 
+import functools
 import importlib
 import json
+import math
+import re
 from types import SimpleNamespace
 
 import gpu_check
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, HunyuanVideoTransformer3DModel, UNet2DConditionModel
-from real_models import CONDITIONS, FLUX, HUNYUAN, SD14, parts_of
+from real_models import FLUX, HUNYUAN, MODELS, SD14, conditions_of, parts_of
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def count(network):
@@ -35,39 +40,89 @@ def test_the_real_networks_have_their_size(script, policy, vae):
     assert (count(parts[importlib.import_module(script).PART]), count(parts["vae"])) == (policy, vae)
 
 
-@pytest.mark.parametrize(
-    "script, size, latents, media",
-    [
-        ("grpo_sd14", dict(height=512, width=512), (4, 64, 64), (3, 512, 512)),
-        ("grpo_flux", dict(height=720, width=720), (45 * 45, 64), (3, 720, 720)),
-        ("grpo_flux", dict(height=1024, width=1024), (64 * 64, 64), (3, 1024, 1024)),
-        ("grpo_hunyuan_video", dict(height=480, width=480, num_frames=53), (16, 14, 60, 60), (53, 3, 480, 480)),
-        ("grpo_skyreel_i2v", dict(height=400, width=640, num_frames=53), (16, 14, 50, 80), (53, 3, 400, 640)),
-    ],
-)
+FRAMES = dict(num_frames=53)
+SIZES = [
+    ("grpo_sd14", dict(height=512, width=512, guidance_scale=5.0), (4, 64, 64), (3, 512, 512)),
+    ("grpo_flux", dict(height=720, width=720), (45 * 45, 64), (3, 720, 720)),
+    ("grpo_flux", dict(height=1024, width=1024), (64 * 64, 64), (3, 1024, 1024)),
+    ("grpo_hunyuan_video", FRAMES | dict(height=480, width=480), (16, 14, 60, 60), (53, 3, 480, 480)),
+    ("grpo_skyreel_i2v", FRAMES | dict(height=400, width=640), (16, 14, 50, 80), (53, 3, 400, 640)),
+]
+
+
+@pytest.mark.parametrize("script, size, latents, media", SIZES)
 def test_the_model_zone_at_the_papers_sizes(script, size, latents, media):
     """Every line from noise to pixels, on tensors that have shapes, dtypes and a device, and no numbers."""
     module = importlib.import_module(script)
     args = SimpleNamespace(**vars(module.parse_args([])) | size | {"mixed_precision": "bf16"})
     level = module.schedule(args).tolist()[2]
     with FakeTensorMode(allow_non_fake_inputs=True):
-        kind, parts = parts_of(script)
-        pipe = kind(**parts)
-        models = SimpleNamespace(pipe=pipe, policy=parts[module.PART], vae=pipe.vae, device=torch.device("cpu"))
-        if hasattr(args, "num_frames"):
-            pipe.vae.enable_tiling()
+        models, cond = fake_models(script, args, rows=2)
         noise = module.init_latents(models, args, [torch.Generator() for _ in range(2)])
-        cond = {k: torch.empty(2, *shape) for k, shape in CONDITIONS[script].items()}
-        if script == "grpo_skyreel_i2v":
-            frame = torch.empty(2, 3, 1, args.height, args.width)
-            cond["image_latents"] = models.vae.encode(frame).latent_dist.mode()
         output = module.predict(models, args, noise, level, cond)
         samples = module.decode(models, args, output)
     assert noise.shape == output.shape == (2, *latents) and output.dtype == torch.float32
     assert samples.shape == (2, *media)
 
 
-@pytest.mark.parametrize("script", CONDITIONS)
+def fake_models(script, args, rows):
+    """Networks of the real size and what the encoders say of so many prompts, to be called in a FakeTensorMode."""
+    module = importlib.import_module(script)
+    kind, parts = parts_of(script)
+    pipe = kind(**parts)
+    models = SimpleNamespace(pipe=pipe, policy=parts[module.PART], vae=pipe.vae, device=torch.device("cpu"))
+    if hasattr(args, "num_frames"):
+        pipe.vae.enable_tiling()
+    cond = {k: torch.empty(rows, *shape) for k, shape in conditions_of(script, models.policy.config).items()}
+    if script == "grpo_skyreel_i2v":
+        frame = torch.empty(rows, 3, 1, args.height, args.width)
+        cond["image_latents"] = models.vae.encode(frame).latent_dist.mode()
+    return models, cond
+
+
+@functools.cache
+def tflop(script, **size):
+    """10^12 operations of one row's `predict`: its matrix products, attention, convolutions, as torch counts them."""
+    module = importlib.import_module(script)
+    args = SimpleNamespace(**vars(module.parse_args([])) | size)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with sdpa_kernel(SDPBackend.MATH):  # attention as the products that it is made of
+            models, cond = fake_models(script, args, rows=1)
+            before = counter.get_total_flops()  # of the first frame's autoencoder
+            module.predict(models, args, module.init_latents(models, args, [torch.Generator()]), 0.5, cond)
+    return (counter.get_total_flops() - before) / 1e12
+
+
+def test_the_work_of_a_pass_is_that_of_its_products():
+    """FLUX at 720 x 720: 45^2 + 512 tokens through 57 blocks of width 3072. A double block has 12 + 2 x 4 products of
+    width^2 for a token, in effect, a single one as many; attention has two of tokens x width for each."""
+    tokens, width = 45**2 + 512, 3072
+    closed = 57 * (2 * 12 * tokens * width**2 + 4 * tokens**2 * width)
+    assert tflop("grpo_flux", height=720, width=720) == pytest.approx(closed / 1e12, rel=0.02)
+
+
+@pytest.mark.parametrize("preset", ["lora", "official", "paper"])
+@pytest.mark.parametrize("script", MODELS)
+def test_the_readme_tells_the_work_of_an_iteration(script, preset, monkeypatch):
+    """PFLOP of the rollout, plus those of the update: the pass forward, twice (its activations are recomputed), the way
+    back through the activations and, without a LoRA, to the weights."""
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module, "check_model", lambda args: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    args = module.parse_args(["--preset", preset, "--prompts", str(module.HERE / "tiny/prompts.txt")])
+    size = {k: getattr(args, k) for k in ("height", "width", "num_frames", "guidance_scale") if hasattr(args, k)}
+    samples, T = args.prompts_per_step * args.num_generations, args.num_inference_steps
+    trained = args.prompts_per_step * (args.best_of_n or args.num_generations)
+    passes = (2 if args.gradient_checkpointing else 1) + (1 if args.rank else 2)
+    steps = math.ceil(args.timestep_fraction * (T - 1))
+    work = tflop(script, **size) * (samples * T + trained * steps * passes) / 1000
+    (row,) = re.findall(rf"\| `{script}.py --preset {preset}` \|.*", (module.HERE / "README.md").read_text())
+    assert f"| {work:,.0f} |" in row, f"{work:,.0f}"
+    hours = work * 1e15 / 400e12 / 3600
+    assert f"| {hours:.2g} |" in row, f"{hours:.2g}"
+
+
+@pytest.mark.parametrize("script", MODELS)
 def test_a_lora_hits_the_attention_of_each_block_and_nothing_else(script):
     module = importlib.import_module(script)
     with torch.device("meta"):
@@ -111,24 +166,79 @@ def test_a_policy_that_does_not_fit_is_refused_with_what_would_fit(script, flags
         "grpo_sd14": (UNet2DConditionModel, SD14),
         "grpo_hunyuan_video": (HunyuanVideoTransformer3DModel, HUNYUAN),
     }[script]
-    args = SimpleNamespace(preset="paper", adam_8bit=False, mixed_precision="bf16", **flags)
+    args = SimpleNamespace(adam_8bit=False, mixed_precision="bf16", ema_decay=0.0, **flags)
     if accepted:
         module.check_memory(args, kind, config)
     else:
-        with pytest.raises(ValueError, match=f"must fit {processes} GPUs? of 80 GiB.*torchrun on 3|LoRA") as refused:
+        with pytest.raises(ValueError, match=f"must fit {processes} x 80: try torchrun on 3 such") as refused:
             module.check_memory(args, kind, config)
-        assert "11.90 billion" in str(refused.value) and "177 GiB" in str(refused.value)
+        assert "to train 11.90 of 11.90 billion weights takes 177 GiB" in str(refused.value)
+        assert str(refused.value).endswith(", or a LoRA (--rank, --lora_alpha)")
 
 
-def test_the_check_of_a_gpu_runs_on_the_tiny_models(capsys, monkeypatch):
-    """The same lines, from the random models and their timing on; the figures say nothing on a CPU."""
+def test_the_advice_is_what_would_fit(monkeypatch):
+    """177 GiB fit no GPU of 139, 111 with moments in 8 bits do; 25 of a LoRA's frozen base do not fit one of 24."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    module, gpu = importlib.import_module("grpo_flux"), SimpleNamespace(total_memory=139 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    args = SimpleNamespace(adam_8bit=False, mixed_precision="bf16", rank=0, lora_alpha=0, ema_decay=0.0)
+    with pytest.raises(ValueError, match="on 2 such GPUs, or --adam_8bit, or a LoRA"):
+        module.check_memory(args, FluxTransformer2DModel, FLUX)
+    args.adam_8bit = True
+    module.check_memory(args, FluxTransformer2DModel, FLUX)
+    args.ema_decay = 0.99
+    with pytest.raises(ValueError, match="takes 155 GiB .* on 2 such GPUs, or a LoRA"):
+        module.check_memory(args, FluxTransformer2DModel, FLUX)
+    args.ema_decay, args.adam_8bit, args.rank, args.lora_alpha, gpu.total_memory = 0.0, False, 128, 256, 24 * 2**30
+    with pytest.raises(ValueError, match="0.21 of 12.11 billion weights takes 25 GiB .* on 2 such GPUs$"):
+        module.check_memory(args, FluxTransformer2DModel, FLUX)
+
+
+@pytest.mark.parametrize("script", MODELS)
+def test_what_the_encoders_say_has_the_shapes_that_are_written_out(script, tmp_path):
+    """But for the number of tokens, of which the tiny tokenizers take fewer."""
+    module = importlib.import_module(script)
+    args = module.parse_args(["--output_dir", str(tmp_path / "run")])
+    models = module.load_models(args, torch.device("cpu"))
+    prompt = "a red circle moving right on white" if hasattr(args, "num_frames") else "a red circle on white"
+    said = {k: tuple(v.shape[1:]) for k, v in module.encode_prompts(models, [prompt]).items()}
+    said.pop("image_latents", None)
+    wanted = conditions_of(script, models.policy.config)
+    assert said.keys() == wanted.keys()
+    for k, shape in said.items():
+        assert len(shape) == len(wanted[k]) and all(a == b or b in (77, 256, 512) for a, b in zip(shape, wanted[k])), k
+
+
+@pytest.mark.parametrize(
+    "case", ["flux-720-lora-b1", "sd14-512-full-b4", "hunyuan-480x480x53-lora", "skyreel-400x640x53-lora"]
+)
+def test_the_check_of_a_gpu_runs_at_the_tiny_models_sizes(case, capsys, monkeypatch):
+    """The same lines, random weights and all; the figures say nothing on a CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    gpu_check.main(["--tiny", "flux-720-lora-b1", "flux-720-lora-b4", "skyreel-400x640x53-lora"])
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-    assert [row["ratio_max_dev"] for row in rows] == [0.0, 0.0, 0.0]
-    for row in rows:
-        assert 0 < row["rollout_s"] + row["decode_s"] + row["update_s"] <= row["seconds"]
-        assert row["samples_per_s"] == pytest.approx(4 / row["seconds"]) and 0 < row["of_matmul_update"] < 1
+    module = importlib.import_module(gpu_check.CASES[case][0])
+    for name in ("load_models", "encode_prompts", "predict", "decode", "group_advantages"):
+        monkeypatch.setattr(module, name, getattr(module, name))  # to be put back
+    gpu_check.main(["--tiny", case])
+    (row,) = (json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{"))
+    assert row["ratio_max_dev"] == 0.0 and row["weights"] == "random, tiny"
+    assert 0 < row["rollout_s"] + row["decode_s"] + row["update_s"] <= row["seconds"]
+    assert row["samples_per_s"] == pytest.approx(4 / row["seconds"]) and 0 < row["of_matmul_update"] < 1
+    assert (row["parameters_trained"] < 1e5) == ("lora" in case)
+
+
+def test_the_check_of_a_gpu_goes_on_after_a_case_that_fails(capsys, monkeypatch):
+    table = {"flux-720-lora-b1": 2.0, "flux-720-full-8bit": None, "flux-720-lora-b4-compile": 3.0}
+
+    def run(command, **how):
+        rate = table[command[2]]
+        out = "" if rate is None else json.dumps({"case": command[2], "samples_per_s": rate})
+        return SimpleNamespace(returncode=int(rate is None), stdout=f"...\n{out}\n", stderr="trace\nno memory\n")
+
+    monkeypatch.setattr(gpu_check.subprocess, "run", run)
+    gpu_check.main(["--tiny", *table])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["case"] for row in rows] == [*table] and rows[1]["error"] == "no memory"
+    assert rows[2]["gain"] == 1.5 and "gain" not in rows[0]
 
 
 def test_the_check_of_a_gpu_needs_one(monkeypatch, capsys):
