@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +41,7 @@ def table(name, header):
 def commands(name):
     """(script, its words) of every training command. Two spaces end one: a remark follows, in the docstrings."""
     text = re.sub(r" *\\\n *", " ", text_of(name))  # a command over several lines
-    found = re.findall(r"python (grpo_\w+)\.py((?: [^\s`;&|<>#]+)*)", text)
+    found = re.findall(r"(?:python|torchrun(?: -\S+)+) (grpo_\w+)\.py((?: [^\s`;&|<>#]+)*)", text)
     return [(script, shlex.split(words)) for script, words in found]
 
 
@@ -59,7 +62,8 @@ def flags(capsys):
 def reader(tmp_path, monkeypatch):
     """The reader's folder: the models, and what the README lets the reader bring or leave there."""
     (tmp_path / "tiny").symlink_to(ROOT / "tiny")
-    (tmp_path / "prompts.txt").write_text("a red circle on white\n")
+    for file in ("prompts", "heldout", "video_prompts", "consist-id"):
+        (tmp_path / f"{file}.txt").write_text("a red circle on white\n")
     (tmp_path / "FOLDER").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "FOLDER/a.png")
     (tmp_path / "FOLDER/a.txt").write_text("a red circle on white\n")
@@ -67,6 +71,10 @@ def reader(tmp_path, monkeypatch):
     checkpoint = tmp_path / "outputs/RUN/checkpoints/step_000040"
     checkpoint.mkdir(parents=True)
     (checkpoint / "transformer").symlink_to(ROOT / "tiny/flux/transformer")
+    transformer = FluxTransformer2DModel.from_pretrained(ROOT / "tiny/flux/transformer")
+    transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    layers = {"transformer_lora_layers": get_peft_model_state_dict(transformer)}
+    FluxPipeline.save_lora_weights(tmp_path / "outputs/LORA/checkpoints/step_000060", **layers)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -102,6 +110,11 @@ def test_line_counts_are_true():
     assert counts == {f.name: len(f.read_text().splitlines()) for f in ROOT.glob("*.py")}
 
 
+def test_the_method_ends_where_the_readme_says():
+    lines, first = inspect.getsourcelines(importlib.import_module("grpo_flux").evaluate)
+    assert f"The method ends with `evaluate`, at line {first + len(lines) - 1};" in " ".join(text_of("README.md").split())
+
+
 # ---- COMMANDS AND SNIPPETS ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", [*DOCS, *(f"{script}.py" for script in SCRIPTS)])
 def test_every_command_parses(name, reader, monkeypatch, capsys):
@@ -126,7 +139,7 @@ def test_every_flag_that_is_mentioned_exists(name, capsys):
         text = text.replace(f"| {theirs} |", "|")
     text = re.sub(r"\b(pip|pytest|bench\.py|make_tiny\.py|torchrun|git)\b[^\n`&]*", "", text)  # flags of others
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
-    assert mentioned - flags(capsys) == set()
+    assert mentioned - flags(capsys) - {"--shutdown-timeout"} == set()  # of torchrun
 
 
 def test_old_flags_are_mapped_to_ours(capsys):
@@ -136,9 +149,12 @@ def test_old_flags_are_mapped_to_ours(capsys):
 
 
 def test_snippets_run_as_they_stand(reader):
+    """But for the real FLUX, of which the tiny one takes the place, on a CPU, with fewer pixels."""
     assert snippets()
     for code in snippets():
         names = {}
+        for real, tiny in (("black-forest-labs/FLUX.1-dev", "tiny/flux"), ('.to("cuda")', ""), ("=720", "=64")):
+            code = code.replace(real, tiny)
         exec(compile(code, "README.md", "exec"), names)
         pictures = re.findall(r'\.save\("(.+?)"\)', code)
         assert all((reader / picture).stat().st_size for picture in pictures)

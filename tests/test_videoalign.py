@@ -236,6 +236,8 @@ def test_names_cover_videoalign_at_its_real_size():
         target = Qwen2VLModel(Qwen2VLConfig(**rewards.QWEN2_VL_2B))
         wanted = {k: v.shape for k, v in target.state_dict().items()}
         state = peft_model(target, rank=64, alpha=128).state_dict()
+    # Qwen2-VL-2B has 2,208,985,600 parameters; VideoAlign's vocabulary is cut to its tokenizer's, 276 rows shorter.
+    assert sum(shape.numel() for shape in wanted.values()) == 2_208_985_600 - 276 * 1536
     # In bfloat16 what the file holds, up to 0.3 MB of names.
     assert len(state) == 1123 and 2 * sum(v.numel() for v in state.values()) == 5_030_744_064
     converted, head = rewards.videoalign_to_transformers(state, 2.0)
