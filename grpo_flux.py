@@ -54,11 +54,11 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
-from rewards import binary, check_reward_names, load_rewards
+from rewards import Rewards, binary, check_reward_names, load_rewards
 from sde import flow_sde_step, flow_sigmas, joint_nats, noise_levels
 
 for harmless in (".*local_dir_use_symlinks", "torch.distributed is disabled", "FSDP2-wrapped module"):
-    warnings.filterwarnings("ignore", message=harmless)  # warnings of the libraries about calls that are meant so
+    warnings.filterwarnings("ignore", message=harmless)  # the libraries', of things that are done here on purpose
 HERE = Path(__file__).resolve().parent
 RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # torchrun sets them
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -133,7 +133,7 @@ def parse_args(argv=None):
     flag("--sde_window_range", nargs=2, type=int, default=[0, 0], metavar=("FIRST", "LAST"), help="of its start")
     flag("--init_same_noise", action=switch, default=True, help="one initial noise a group (Algorithm 1)")
     flag("--decode_x0", action=switch, default=True, help="decode the last step's x0 (authors' code), not its latents")
-    flag("--train_last_transition", action=switch, default=False, help="with --decode_x0 its noise reaches no reward")
+    flag("--train_last_transition", action=switch, default=False, help="with --decode_x0 its noise is in no reward")
     # GRPO
     flag("--prompts_per_step", type=int, help="prompts an iteration")
     flag("--num_generations", type=int, default=12, help="G, samples a prompt (Table 6)")
@@ -142,7 +142,7 @@ def parse_args(argv=None):
     flag("--num_updates", type=int, help="optimizer steps an iteration")
     flag("--clip_range", type=finite, default=1e-4, help="of the ratio of mean log-probabilities (Table 6)")
     flag("--adv_clip_max", type=finite, default=5.0, help="clamp of the advantage (script)")
-    flag("--ratio_tolerance", type=finite, default=0.0, help="|ratio - 1| before the first update that stops the run")
+    flag("--ratio_tolerance", type=finite, default=0.0, help="largest |ratio - 1| before the first update")
     # optimization
     flag("--train_batch_size", type=int, default=1, help="rows of a micro-batch, in rollout and update alike")
     flag("--learning_rate", type=finite, default=1e-5, help="of AdamW, constant (Table 6)")
@@ -195,7 +195,7 @@ LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", 
 
 
 def load_models(args, device):
-    """The pipeline's parts, on the CPU. `policy` is the network that is trained, as it is published (in bf16);
+    """The pipeline's parts, on the CPU, in bf16 or fp32. `policy` is the network that is trained;
     `encoders` are what encode_prompts needs besides the autoencoder."""
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
     pipe = FluxPipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=dtype)
@@ -257,7 +257,7 @@ def decode(models, args, latents):
 # ---- the algorithm -------------------------------------------------------------------------------------------
 def seeded(*key):
     """A generator that depends on `key` alone. All randomness is a function of (seed, step, row), so a run continues
-    bit for bit from a step number, and neither the micro-batch nor the device changes what is drawn."""
+    bit for bit from a step number. The device changes nothing that is drawn, the micro-batch the transitions alone."""
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "little"))
 
 
@@ -271,15 +271,15 @@ def prompts_of_step(prompts, step, count, seed):
 
 def etas_of_step(args, step):
     """The noise level of each of the T steps in this iteration; a window's place is drawn anew each time."""
-    first, last = args.sde_window_range
-    start = int(torch.randint(first, last + 1, (), generator=seeded(args.seed, "window", step)))
-    window = (start, args.sde_window) if args.sde_window else None
+    window, (first, last) = None, args.sde_window_range
+    if args.sde_window:
+        window = int(torch.randint(first, last + 1, (), generator=seeded(args.seed, "window", step))), args.sde_window
     return noise_levels(schedule(args), args.eta, args.eta_schedule, window).tolist()
 
 
 def as_in_training(models, args):
-    """The grad mode of the old policy's passes: a GPU's attention and a compiled block may take other kernels, which
-    round otherwise, where no gradient is asked for. A network that runs eagerly on a CPU does not."""
+    """The grad mode of the old policy's passes. Where a gradient is wanted, a GPU's attention or a compiled block may
+    use another kernel, which rounds otherwise; so it is wanted here, too. On a CPU an eager network has one kernel."""
     return torch.set_grad_enabled(args.compile or models.device.type == "cuda")
 
 
@@ -340,19 +340,19 @@ def train_step(run, step):
     cond = conditions(run, prompts)
     prompts = [p for p in prompts for _ in range(G)]
     rows = torch.arange(len(prompts))
-    numbers = (rows // G * WORLD + RANK) * G + rows % G  # among the rows of all processes
-    origins = numbers // G if args.init_same_noise else numbers
+    global_rows = (rows // G * WORLD + RANK) * G + rows % G  # among the rows of all processes
+    origins = global_rows // G if args.init_same_noise else global_rows
 
     def cond_of(b):
         return {k: v[b // G].to(models.device) for k, v in cond.items()}
 
-    # 3, 4: under the old policy, in the micro-batches of the update: a kernel may round a row otherwise among others.
+    # 3, 4: under the old policy, in the micro-batches of the update: in another one a kernel may round a row otherwise.
     # Samples are scored at once and not kept, and trajectories wait on the CPU: an iteration's do not fit on a device.
     trajectories, old_log_probs, scored = [], [], []
     with on_device(models, [models.vae]):
         for b in sum(split(rows), ()):
             latents = init_latents(models, args, [seeded(args.seed, "init", step, int(i)) for i in origins[b]])
-            noise = [seeded(args.seed, "noise", step, int(i)) for i in numbers[b]]
+            noise = [seeded(args.seed, "noise", step, int(i)) for i in global_rows[b]]
             trajectory, log_probs, samples = rollout(models, args, cond_of(b), latents, etas, noise)
             trajectories += trajectory.cpu().unbind()
             old_log_probs.append(log_probs)
@@ -362,20 +362,21 @@ def train_step(run, step):
 
     # 5
     scores = {k: torch.cat([part[k] for part in scored]) for k in scored[0]}
-    trained = binary(scores, args.reward_thresholds) if args.reward_thresholds else scores
+    objectives = binary(scores, args.reward_thresholds) if args.reward_thresholds else scores
     weights = torch.tensor(args.reward_weights or [1.0] * len(scores))
-    advantages, flat_groups = group_advantages(torch.stack([*trained.values()], 1).cpu(), weights, G)
+    advantages, flat_groups = group_advantages(torch.stack([*objectives.values()], 1).cpu(), weights, G)
     if args.best_of_n:
         rows = best_and_worst(advantages, G, args.best_of_n)
     advantages = advantages.clamp(-args.adv_clip_max, args.adv_clip_max).float().to(models.device)
 
-    # 6: of those that have a density, without the last unless asked; drawn for each micro-batch.
+    # 6: of the steps with noise (those of the ODE have no density), without the last unless asked; a choice for each
+    # micro-batch.
     reach = args.num_inference_steps - (not args.train_last_transition)
     trainable = torch.tensor([t for t in range(reach) if etas[t] > 0])
     count = math.ceil(args.timestep_fraction * len(trainable))
 
     def transitions_of(b):
-        order = torch.randperm(len(trainable), generator=seeded(args.seed, "transitions", step, int(numbers[b[0]])))
+        order = torch.randperm(len(trainable), generator=seeded(args.seed, "transitions", step, int(global_rows[b[0]])))
         return trainable[order[:count]].tolist()
 
     updates = [[(b, transitions_of(b)) for b in update] for update in split(rows)]
@@ -398,7 +399,7 @@ def train_step(run, step):
             for t in steps:
                 log_prob = log_prob_of(b, t)
                 loss, ratio = policy_loss(log_prob, old_log_probs[b, t], advantages[b], args.clip_range)
-                (loss.sum() * args.num_updates / (len(rows) * count)).backward()
+                (loss.sum() * args.num_updates / (len(rows) * count)).backward()  # the mean; FSDP's over processes
                 seen.append(torch.stack([loss, ratio, log_prob - old_log_probs[b, t]]).detach())
         if number == 0:  # nothing has been trained since the rollout: the two policies are one
             first_ratios = torch.cat(seen, 1)[1]
@@ -454,19 +455,20 @@ def averaged_weights(run):
 @torch.no_grad()
 def evaluate(run, step):
     """Held-out prompts by the ODE, from noise that is the same in every evaluation of every run. Returns eval/<name>
-    and eval_std/<name>, mean and spread over the samples, and draws one sample of each of the first prompts."""
+    and eval_std/<name>, mean and spread over the samples, and draws one sample of each of the first process's prompts,
+    as many as a picture has room for."""
     args, models, shown, scored = run.args, run.models, [], []
     prompts = [p for p in run.eval_prompts for _ in range(args.eval_samples)]
     # Each process takes every WORLD-th row; the last rows wrap around, for all have to make the same calls.
     rows = torch.arange(math.ceil(len(prompts) / WORLD) * WORLD)[RANK::WORLD] % len(prompts)
-    conditions(run, [prompts[i] for i in rows])  # what is missing is encoded in one go
+    conditions(run, [prompts[i] for i in rows])  # encodes what is missing, before the decoder moves in
     with averaged_weights(run), on_device(models, [models.vae]):
         for b in rows.split(args.train_batch_size):
             latents = init_latents(models, args, [seeded("eval", int(i)) for i in b])
             words = [prompts[i] for i in b]
             cond = {k: v.to(models.device) for k, v in conditions(run, words).items()}
             samples = rollout(models, args, cond, latents, [0.0] * args.num_inference_steps)[2]
-            scored.append(run.reward(samples, words) | run.eval_reward(samples, words))
+            scored.append(run.eval_reward(samples, words))
             shown += [(prompts[i], sample.cpu()) for i, sample in zip(b, samples) if i % args.eval_samples == 0]
             shown = shown[:SHOWN]
     if RANK == 0:
@@ -476,7 +478,7 @@ def evaluate(run, step):
     scores = {k: gathered(torch.cat([p[k] for p in scored]), models.device).T.flatten() for k in scored[0]}
     scores = {k: v[: len(prompts)] for k, v in scores.items()}
     metrics = {f"eval/{k}": float(v.mean()) for k, v in scores.items()}
-    return metrics | {f"eval_std/{k}": float(v.std()) for k, v in scores.items()}
+    return metrics | {f"eval_std/{k}": float(v.std(correction=0)) for k, v in scores.items()}
 
 
 # ---- bad input is refused ------------------------------------------------------------------------------------
@@ -547,7 +549,8 @@ def check_args(args):
     elif args.output_dir is None:
         args.output_dir = f"outputs/{Path(__file__).stem}-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     elif Path(args.output_dir, "args.json").exists():
-        raise ValueError(f"--output_dir {args.output_dir}: holds a run; --resume_from_checkpoint continues it")
+        raise ValueError(f"--output_dir {args.output_dir}: holds a run: continue it by --resume_from_checkpoint, or "
+                         "choose another folder")  # fmt: skip
     elif not args.output_dir or any(p.is_file() for p in (Path(args.output_dir), *Path(args.output_dir).parents)):
         raise ValueError(f"--output_dir {args.output_dir}: must be a folder, or a path where one can be made")
 
@@ -557,7 +560,7 @@ def check_resume(args):
     checkpoint = Path(args.resume_from_checkpoint)
     if args.resume_from_checkpoint == "latest":
         checkpoint = max(Path(args.output_dir or "", "checkpoints").glob("step_??????"), default=checkpoint)
-    if not (checkpoint / "training_state").exists():
+    if not re.fullmatch(r"step_\d{6}", checkpoint.name) or not (checkpoint / "training_state").exists():
         raise ValueError(f"--resume_from_checkpoint {checkpoint}: must be a checkpoint's folder, or 'latest' with the "
                          "--output_dir of a run that has one")  # fmt: skip
     folder = checkpoint.resolve().parents[1]
@@ -590,15 +593,15 @@ def read_prompts(flag, path):
         files = sorted(Path(path).glob("*.txt")) if Path(path).is_dir() else [Path(path)]
         address = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", path)
         if path.startswith("hf://") and not address:
-            raise OSError("an address is hf://datasets/OWNER/NAME/FILE, or .../NAME@REVISION/FILE")
+            raise ValueError("an address is hf://datasets/OWNER/NAME/FILE, or .../NAME@REVISION/FILE")
         if not all(file.suffix in (".txt", ".jsonl") for file in files):
-            raise OSError("a .txt has a prompt in each line, a .jsonl an object with 'prompt'")
+            raise ValueError("a .txt has a prompt in each line, a .jsonl an object with 'prompt'")
         if address:
             repo, revision, file = address.groups()
             files = [Path(hf_hub_download(repo, file, repo_type="dataset", revision=revision))]
         lines = [line.strip() for f in files for line in f.read_text("utf-8-sig").split("\n") if line.strip()]
         prompts = [json.loads(line)["prompt"] for line in lines] if path.endswith(".jsonl") else lines
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(f"{flag} {path}: must be a UTF-8 file of prompts, .txt or .jsonl; {why}") from error
     if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
@@ -630,6 +633,7 @@ def check_memory(args, kind, config):
     have = torch.cuda.get_device_properties(0).total_memory
     if need / WORLD > have:
         gpus = math.ceil(1.25 * (need + 6 * trained * args.adam_8bit) / have)
+        gpus = next((n for n in range(gpus, args.prompts_per_step) if args.prompts_per_step % n == 0), gpus)
         advice = "" if args.rank else ", or a LoRA (--rank, --lora_alpha)"
         if WORLD == 1 and not args.adam_8bit and need - 6 * trained < have:
             advice = ", or --adam_8bit" + advice
@@ -643,8 +647,8 @@ def conditions(run, prompts):
     """What encode_prompts says of each prompt: (n, ...) on the CPU, computed once and kept with the run. One prompt at
     a time: what a prompt says must not depend on its company."""
     models, args, folder = run.models, run.args, run.folder / "conditions"
-    keys = {p: repr((p, args.pretrained_model_name_or_path)) for p in prompts}
-    names = {p: hashlib.sha256(key.encode()).hexdigest()[:24] for p, key in keys.items()}
+    model = args.pretrained_model_name_or_path
+    names = {p: hashlib.sha256(repr((p, model)).encode()).hexdigest()[:24] for p in prompts}
     if missing := [p for p in names if not (folder / f"{names[p]}.safetensors").exists()]:
         folder.mkdir(exist_ok=True)
         with on_device(models, [*models.encoders, models.vae]):
@@ -689,15 +693,16 @@ def gathered(values, device):
 
 
 def wait(run):
-    """Until all processes are here."""
-    gathered([0.0], run.models.device)
+    """Until all processes are here. The sum is read on the host: NCCL by itself holds up the GPU's queue alone."""
+    float(gathered([0.0], run.models.device).sum())
 
 
 def draw_samples(samples, prompts, step, path):
     """At most SHOWN samples under their prompts: images as path.png; videos (b, F, 3, H, W) as the animation path.webp,
     and as path.mp4 where imageio-ffmpeg is installed."""
     videos = (samples if samples.ndim == 5 else samples[:, None]).permute(0, 1, 3, 4, 2).numpy()
-    figure, axes = plt.subplots(3, 8, figsize=(12, 6.2), layout="constrained")
+    dpi = 100 if videos.shape[1] > 1 else max(100, 0.7 * videos.shape[3])  # images as large as they are
+    figure, axes = plt.subplots(3, 8, figsize=(12, 6.2), layout="constrained", dpi=dpi)
     figure.suptitle(f"held-out prompts, iteration {step}")
     for axis in axes.flat:
         axis.axis("off")
@@ -758,7 +763,7 @@ def open_tracker(args):
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(args.output_dir)
-        return lambda metrics: [writer.add_scalar(k, v, metrics["step"]) for k, v in metrics.items()]
+        return lambda metrics: ([writer.add_scalar(k, v, metrics["step"]) for k, v in metrics.items()], writer.flush())
     if args.report_to == "wandb" and RANK == 0:
         import wandb
 
@@ -778,8 +783,9 @@ def training_state(run):
 
 
 def save_checkpoint(run, step):
-    """Writes checkpoints/step_<step>, whole or not at all, and deletes the oldest beyond the limit. Called by all
-    processes: each writes its shards of the training state; the first one writes what diffusers loads."""
+    """Writes checkpoints/step_<step>, whole or not at all; deletes the oldest beyond the limit, and later ones, which a
+    run leaves that goes on from an older one. Called by all processes: each writes its shards of the training state;
+    the first one writes what diffusers loads."""
     folder = run.folder / f"checkpoints/step_{step:06d}"
     part = folder.with_suffix(".part")
     if RANK == 0:
@@ -787,7 +793,7 @@ def save_checkpoint(run, step):
         part.mkdir(parents=True)
     wait(run)
     state = training_state(run)
-    files = {name: 1 + i // 64 for i, name in enumerate(state)}  # safetensors, each copied in memory when it is written
+    files = {name: 1 + i // 64 for i, name in enumerate(state)}  # in memory twice while it is written
     writer = dcp.HuggingFaceStorageWriter(str(part / "training_state"), files, save_distributed=True)
     dcp.save(state, storage_writer=writer, no_dist=WORLD == 1)
     with averaged_weights(run):  # gathered one parameter at a time: no device has room for all
@@ -801,7 +807,9 @@ def save_checkpoint(run, step):
         if folder.exists():  # left by a run that was then resumed from an older one
             shutil.rmtree(folder)
         part.rename(folder)
-        for old in sorted(folder.parent.glob("step_??????"))[: -run.args.checkpoints_total_limit]:
+        kept = sorted(folder.parent.glob("step_??????"))
+        now = kept.index(folder) + 1
+        for old in (*kept[now:], *kept[: max(0, now - run.args.checkpoints_total_limit)]):  # later ones: left behind
             shutil.rmtree(old)
     wait(run)
 
@@ -837,8 +845,9 @@ def load_checkpoint(run):
         run.ema.optimization_step = step * run.args.num_updates
     metrics = run.folder / "metrics.jsonl"
     if RANK == 0:
-        lines = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= step]
-        metrics.write_text("".join(f"{line}\n" for line in lines))
+        lines = [line for line in metrics.read_text().splitlines(True) if line.endswith("\n")]  # one may be torn
+        metrics.with_suffix(".part").write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+        metrics.with_suffix(".part").replace(metrics)
     return step
 
 
@@ -868,7 +877,7 @@ def prepare_policy(models, args):
     """The policy as it is trained, on the device: what is trained in fp32; on several processes in shards of each block
     (FSDP2), gathered in the precision of the computation when the block is called."""
     policy = models.policy
-    models.kind = type(policy)
+    models.kind = type(policy)  # FSDP2 gives the network another class
     add_lora(policy, args)
     if args.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
@@ -897,9 +906,12 @@ def make_run(args):
         dist.broadcast_object_list(name := [args.output_dir])
         args.output_dir = name[0]
     run = SimpleNamespace(args=args, folder=Path(args.output_dir), consistent=True)
-    run.reward = load_rewards(args.reward, reward_paths(args), device)
-    run.eval_reward = load_rewards(held_out(args), reward_paths(args), device)
-    run.models = load_models(args, device)
+    try:
+        run.eval_reward = load_rewards(args.reward + held_out(args), reward_paths(args), device)
+        run.models = load_models(args, device)
+    except (OSError, ValueError) as error:  # weights that are missing, that may not be had, or that are not as pinned
+        sys.exit(f"{Path(__file__).name}: error: {type(error).__name__}: {' '.join(str(error).split())}")
+    run.reward = Rewards(dict([*run.eval_reward.rewards.items()][: len(args.reward)]))
     for part in (run.models.policy, run.models.vae, *run.models.encoders):
         part.requires_grad_(False).eval()  # eval(): dropout would make the ratio differ from 1
     torch.manual_seed(args.seed)  # a LoRA begins at random
@@ -915,8 +927,9 @@ def make_run(args):
     run.ema = EMAModel(run.parameters, decay=args.ema_decay) if args.ema_decay else None
     (run.folder / "samples").mkdir(parents=True, exist_ok=True)
     if not args.resume_from_checkpoint and RANK == 0:
-        git = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True)
-        record = {"args": vars(args), "commit": git.stdout.strip() or None, "python": sys.version}
+        words = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        commit = subprocess.run(words, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+        record = {"args": vars(args), "commit": commit or None, "python": sys.version}
         record |= {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}
         (run.folder / "args.json").write_text(json.dumps(record, indent=1))
     return run
@@ -924,11 +937,7 @@ def make_run(args):
 
 def main(argv=None):
     args = parse_args(argv)
-    try:
-        run = make_run(args)
-    except (OSError, ValueError) as error:  # weights that are missing, that may not be had, or that are not as pinned
-        sys.exit(f"{Path(__file__).name}: error: {type(error).__name__}: {' '.join(str(error).split())}")
-    stop, stopped, track = [], False, open_tracker(args)
+    run, stop, stopped, track = make_run(args), [], False, open_tracker(args)
     say = tqdm.write if RANK == 0 else lambda line: None  # the first process speaks and writes for all
     done = load_checkpoint(run) if args.resume_from_checkpoint else 0
     saved = done
@@ -949,7 +958,7 @@ def main(argv=None):
         signal.signal(number, signal.SIG_DFL)
 
     handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    in_step = WORLD == 1  # where one of several processes has failed, the others have nobody to save with
+    can_save = WORLD == 1  # one of several that has failed leaves the others nobody to save with
     try:
         if run.eval_prompts and done == 0:
             record({"step": 0} | evaluate(run, 0))
@@ -971,12 +980,12 @@ def main(argv=None):
             stopped = bool(gathered([len(stop)], run.models.device).any())  # one that is asked to stop stops all
             if stopped:
                 break
-        in_step = True
+        can_save = True
     except torch.OutOfMemoryError as error:
         raise RuntimeError("the GPU's memory is full: try a smaller --train_batch_size, --gradient_checkpointing, "
-                           "a smaller size, a LoRA, or torchrun on more GPUs") from error  # fmt: skip
+                           "a smaller size, a LoRA, or torchrun on more GPUs, in a new run") from error  # fmt: skip
     finally:  # whatever ended the loop: the last whole iteration is kept
-        if in_step and run.consistent and done > saved:
+        if can_save and run.consistent and done > saved:
             save_checkpoint(run, done)
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -53,9 +53,11 @@ def random_zone(module, name, tiny):
     def load_models(args, device):
         default = torch.get_default_dtype()
         torch.set_default_dtype(torch.bfloat16)
-        with device:
-            kind, parts = real_models.parts_of(name, tiny)
-        torch.set_default_dtype(default)
+        try:
+            with device:
+                kind, parts = real_models.parts_of(name, tiny)
+        finally:
+            torch.set_default_dtype(default)
         pipe = kind(**parts)
         if hasattr(args, "num_frames"):
             pipe.vae.enable_tiling()
@@ -99,7 +101,7 @@ def check(case, tiny, folder):
     rate = matmul_rate(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     reward = folder / "reward.py"
     reward.write_text("def mean(media, prompts):\n    return media.flatten(1).mean(1)\n")
-    # What check_model reads is the tiny model's; load_models below is what builds the real size.
+    # What check_model reads is the tiny model's; load_models builds the real size, which may be too large for the GPU.
     model = real_models.TINY / real_models.MODELS[name][2]
     small = f"{SMALL} --rank 4 --lora_alpha 8" if "lora" in case else SMALL
     words = [*f"{flags} {small if tiny else ''}".split(), "--mixed_precision", "bf16", "--model", str(model)]
@@ -182,6 +184,7 @@ def main(argv=None):
         command = [sys.executable, __file__, case, *["--tiny"] * args.tiny]
         result = subprocess.run(command, capture_output=True, text=True)
         lines = (result.stderr if result.returncode else result.stdout).strip().splitlines()
+        lines = lines or [f"exit status {result.returncode}"]
         row = {"case": case, "error": lines[-1]} if result.returncode else json.loads(lines[-1])
         rows[case] = row
         single = rows.get(re.sub(r"-b\d.*", "-b1", case), {})

@@ -16,11 +16,11 @@ FLUX = dict(
     patch_size=1, in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128, num_attention_heads=24,
     joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True, axes_dims_rope=(16, 56, 56),
 )  # fmt: skip
-IMAGES = dict(
+IMAGE_VAE = dict(
     block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32,
     down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
 )  # fmt: skip
-FLUX_VAE = IMAGES | dict(
+FLUX_VAE = IMAGE_VAE | dict(
     latent_channels=16, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159
 )
 # CompVis/stable-diffusion-v1-4
@@ -29,7 +29,7 @@ SD14 = dict(
     cross_attention_dim=768, attention_head_dim=8, down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
     up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
 )  # fmt: skip
-SD14_VAE = IMAGES | dict(latent_channels=4, scaling_factor=0.18215)
+SD14_VAE = IMAGE_VAE | dict(latent_channels=4, scaling_factor=0.18215)
 # hunyuanvideo-community/HunyuanVideo; Skywork/SkyReels-V1-Hunyuan-I2V differs by its input channels
 HUNYUAN = dict(
     in_channels=16, out_channels=16, num_attention_heads=24, attention_head_dim=128, num_layers=20,

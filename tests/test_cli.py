@@ -431,6 +431,8 @@ def test_more_bad_input_is_refused_in_one_line(words, text, folder, capsys):
 
 def test_the_range_of_a_window_that_is_off_does_not_matter(folder):
     g.parse_args("--sde_window 0 --num_inference_steps 4".split())  # the preset's range, which nobody asked for
+    args = g.parse_args("--sde_window 0 --sde_window_range 5 2".split())
+    assert g.etas_of_step(args, 0) == [1.0] * 12
 
 
 def test_prompts_may_hold_a_byte_order_mark_and_any_separator(tmp_path):

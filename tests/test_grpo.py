@@ -1021,6 +1021,37 @@ def test_resume_without_an_average_and_from_an_older_checkpoint(files, tmp_path)
     assert lines_of(tmp_path / "run") == lines
 
 
+def test_a_branch_that_was_left_is_gone_with_the_next_checkpoint(files, tmp_path):
+    """Else 'latest' would be of it, with the metrics of the other."""
+    flags = WINDOW | dict(checkpointing_steps=2, checkpoints_total_limit=3)
+    run = tmp_path / "run"
+    g.main(argv(files, run, **flags | dict(max_train_steps=4)))
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')  # torn when the machine went down
+    older = run / "checkpoints/step_000002"
+    assert checkpoints_of(run) == ["step_000002", "step_000004"]
+    flags |= dict(max_train_steps=3, resume_from_checkpoint=older)
+    g.main(argv(files, run, **flags))
+    assert checkpoints_of(run) == ["step_000002", "step_000003"]
+    assert [line["step"] for line in lines_of(run)] == [*range(4)]
+
+
+def test_a_run_needs_no_git(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setenv("PATH", "")
+    g.main(argv(files, tmp_path / "run", **WINDOW | dict(max_train_steps=1)))
+    assert json.loads((tmp_path / "run/args.json").read_text())["commit"] is None
+
+
+def test_a_reward_model_is_loaded_once_for_training_and_evaluation(build, monkeypatch):
+    asked, load = [], g.load_rewards
+    monkeypatch.setattr(g, "load_rewards", lambda names, *words: asked.append(names) or load(names, *words))
+    run = build(**WINDOW)
+    assert len(asked) == 1 and len(asked[0]) == 2
+    assert list(run.reward.rewards) == ["red"] and list(run.eval_reward.rewards) == ["red", "dark"]
+    assert run.reward.rewards["red"] is run.eval_reward.rewards["red"]
+
+
 def test_adam_in_8_bits_goes_on_bit_for_bit(files, tmp_path):
     pytest.importorskip("bitsandbytes")
     flags = WINDOW | dict(adam_8bit=True, rank=64, lora_alpha=64, max_train_steps=2)
@@ -1254,14 +1285,14 @@ def test_evaluation_is_by_the_ode_from_noise_of_its_own(build, watch, monkeypatc
 
     monkeypatch.setattr(g, "rollout", watched)
     log = SimpleNamespace(images=[], prompts=[])
-    reward = run.reward
+    reward = run.eval_reward
 
     def watched_reward(images, prompts):
         log.images += images
         log.prompts += prompts
         return reward(images, prompts)
 
-    run.reward = watched_reward
+    run.eval_reward = watched_reward
     torch.manual_seed(0)
     first = g.evaluate(run, 0)
     assert etas == [[0.0] * 4] * 2

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -110,9 +111,23 @@ def test_line_counts_are_true():
     assert counts == {f.name: len(f.read_text().splitlines()) for f in ROOT.glob("*.py")}
 
 
+def test_the_numbers_of_changed_lines_are_true():
+    said = {}
+    for file, _, changed, *_ in table("README.md", "file"):
+        if changed:
+            count, other = changed.split(", from ")
+            said[re.search(r"\((\w+\.py)\)", file)[1]] = int(count), other
+    assert len(said) == 3
+    for file, (count, other) in said.items():
+        before = "grpo_flux.py" if other == "FLUX" else "grpo_hunyuan_video.py"
+        diff = subprocess.run(["diff", before, file], cwd=ROOT, capture_output=True, text=True).stdout
+        assert count == sum(line[:1] in ("<", ">") for line in diff.splitlines()), file
+
+
 def test_the_method_ends_where_the_readme_says():
     lines, first = inspect.getsourcelines(importlib.import_module("grpo_flux").evaluate)
-    assert f"The method ends with `evaluate`, at line {first + len(lines) - 1};" in " ".join(text_of("README.md").split())
+    said = f"The method ends with `evaluate`, at line {first + len(lines) - 1};"
+    assert said in " ".join(text_of("README.md").split())
 
 
 # ---- COMMANDS AND SNIPPETS ---------------------------------------------------------------------------------------
