@@ -63,7 +63,7 @@ def flags(capsys):
 def reader(tmp_path, monkeypatch):
     """The reader's folder: the models, and what the README lets the reader bring or leave there."""
     (tmp_path / "tiny").symlink_to(ROOT / "tiny")
-    for file in ("prompts", "heldout", "video_prompts", "consist-id"):
+    for file in ("prompts", "train", "heldout", "video_prompts", "consist-id"):
         (tmp_path / f"{file}.txt").write_text("a red circle on white\n")
     (tmp_path / "FOLDER").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "FOLDER/a.png")
