@@ -665,7 +665,7 @@ def check_memory(args, kind, config):
     have = torch.cuda.get_device_properties(0).total_memory
     if need / WORLD > have:
         gpus = math.ceil(1.25 * (need + 6 * trained * args.adam_8bit) / have)
-        gpus = next((n for n in range(gpus, args.prompts_per_step) if args.prompts_per_step % n == 0), gpus)
+        gpus = next((n for n in range(gpus, args.prompts_per_step + 1) if args.prompts_per_step % n == 0), gpus)
         advice = "" if args.rank else ", or a LoRA (--rank, --lora_alpha)"
         if WORLD == 1 and not args.adam_8bit and need - 6 * trained < have:
             advice = ", or --adam_8bit" + advice

@@ -835,7 +835,6 @@ def test_ratio_is_exactly_1_before_the_first_update(flags, build):
 @pytest.mark.parametrize(
     "flags",
     [
-        dict(train_batch_size=12),
         dict(train_batch_size=5, best_of_n=4, mixed_precision="bf16"),
         dict(train_batch_size=12, gradient_checkpointing=True, rank=4, lora_alpha=8),
     ],

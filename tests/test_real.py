@@ -93,6 +93,16 @@ def tflop(script, **size):
     return (counter.get_total_flops() - before) / 1e12
 
 
+@functools.cache
+def sizes(script, rank, lora_alpha):
+    """The number of parameters of the policy that are trained, and of all."""
+    module = importlib.import_module(script)
+    with torch.device("meta"):
+        policy = parts_of(script)[1][module.PART]
+        module.add_lora(policy, SimpleNamespace(rank=rank, lora_alpha=lora_alpha))
+    return sum(p.numel() for p in policy.parameters() if p.requires_grad), count(policy)
+
+
 def test_the_work_of_a_pass_is_that_of_its_products():
     """FLUX at 720 x 720: 45^2 + 512 tokens through 57 blocks of width 3072. For a token a block has 4 + 2 x 4 = 12
     products of width^2 (q, k, v, out, and an MLP four times as wide), and attention two of tokens x width."""
@@ -116,11 +126,8 @@ def test_the_readme_tells_the_work_of_an_iteration(script, preset, monkeypatch):
     passes = (2 if args.gradient_checkpointing else 1) + (1 if args.rank else 2)
     steps = math.ceil(args.timestep_fraction * (T - 1))
     work = tflop(script, **size) * (samples * T + trained * steps * passes) / 1000
-    with torch.device("meta"):
-        policy = parts_of(script)[1][module.PART]
-        module.add_lora(policy, args)
-    paid = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    memory = (16 * paid + 2 * (count(policy) - paid)) / 2**30
+    paid, total = sizes(script, args.rank, args.lora_alpha)
+    memory = (16 * paid + 2 * (total - paid)) / 2**30
     (row,) = re.findall(rf"\| `{script}.py --preset {preset}` \|(.*)", (module.HERE / "README.md").read_text())
     cells = [cell.strip() for cell in row.split("|")]
     assert cells[:4] == [f"{paid / 1e9:.2f}", f"{memory:.0f}", f"{work:,.0f}", f"{work * 1e15 / 400e12 / 3600:.2g}"]
