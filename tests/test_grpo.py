@@ -1306,6 +1306,26 @@ def test_evaluation_is_by_the_ode_from_noise_of_its_own(build, watch, monkeypatc
     assert {"eval/red", "eval/dark"} <= first.keys()
 
 
+def test_three_processes_evaluate_what_one_does(build, monkeypatch):
+    """One after the other, with what each has to say to the others kept for a second round."""
+    run = build(eval_samples=3, train_batch_size=2, eval_reward="number")  # of 9 rows, three for each of three
+    run.eval_prompts = run.eval_prompts[:2]  # of 6; then of 4, which do not come out even
+    for samples in (3, 2):
+        run.args.eval_samples, gathered, said = samples, g.gathered, {}
+        alone = g.evaluate(run, 0)
+        with monkeypatch.context() as patch:
+            patch.setattr(g, "WORLD", 3)
+            for rank in range(3):
+                patch.setattr(g, "RANK", rank)
+                said[rank] = []
+                patch.setattr(g, "gathered", lambda v, device: said[rank].append(v) or v.double().expand(3, -1))
+                g.evaluate(run, 0)
+            turns = iter(zip(*said.values()))
+            patch.setattr(g, "gathered", lambda values, device: torch.stack(next(turns)).double())
+            assert g.evaluate(run, 0) == pytest.approx(alone)
+        assert g.gathered is gathered
+
+
 # ---- LEARNING ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("reward", ["red", "cyan"])
 def test_ten_iterations_move_held_out_ode_samples_the_way_the_reward_asks(reward, build):
