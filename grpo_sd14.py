@@ -17,6 +17,7 @@ halves, the conditional and the unconditional one, at twice the memory (paper, A
 """
 
 import argparse
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -510,7 +511,7 @@ def evaluate(run, step):
     scores = {k: gathered(torch.cat([p[k] for p in scored]), models.device).T.flatten() for k in scored[0]}
     scores = {k: v[: len(prompts)] for k, v in scores.items()}
     metrics = {f"eval/{k}": float(v.mean()) for k, v in scores.items()}
-    return metrics | {f"eval_std/{k}": float(v.std(correction=0)) for k, v in scores.items()}
+    return metrics | {f"eval_std/{k}": float(v.std(correction=min(1, len(v) - 1))) for k, v in scores.items()}
 
 
 # ---- bad input is refused ------------------------------------------------------------------------------------
@@ -1029,6 +1030,17 @@ def main(argv=None):
         dist.destroy_process_group()
 
 
+def leave():
+    """Ends the program; one of several processes without the interpreter's last clean-up, in which a thread of gloo
+    that still lets go of a tensor would abort it."""
+    if WORLD > 1:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
 # ==== END ALGORITHM ZONE ======================================================================================
 if __name__ == "__main__":
     main()
+    leave()

@@ -50,6 +50,7 @@ with open(f"spied.{g.RANK}", "w") as file:
     json.dump({"keys": keys, "prompts": prompts, "ratios": ratios}, file)
 g.wait(run)
 g.dist.destroy_process_group()
+g.leave()
 """
 
 
@@ -60,7 +61,7 @@ def start(tmp_path):
     (tmp_path / "spy.py").write_text(SPY)
     (tmp_path / "heldout.txt").write_text(HELD_OUT)
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONFAULTHANDLER": "1"}
     running = []
 
     def launch(processes, script, *words):
@@ -115,9 +116,10 @@ def test_two_processes_make_the_update_of_one(script, train, tmp_path):
     the sign may be either, hence 1 of 100 weights. The second iteration starts from those weights, hence 1 of 20 of its
     gradient."""
     reward = "jpeg:mean" if "skyreel" in script else "jpeg"
-    one, two = (train(n, f"{n}", script=script, reward=reward) for n in (1, 2))
+    steps = 2 if "flux" in script else 1
+    one, two = (train(n, f"{n}", "--max_train_steps", steps, script=script, reward=reward) for n in (1, 2))
     rate = json.loads((tmp_path / "1/args.json").read_text())["args"]["learning_rate"]
-    for step, tolerance in ((1, 1e-4), (2, 5e-2)):
+    for step, tolerance in ((1, 1e-4), (2, 5e-2))[:steps]:
         first, second = (state_of(tmp_path / f"{n}", step, "exp_avg") for n in (1, 2))
         assert first.norm() > 0 and (second - first).norm() < tolerance * first.norm()
     first, second = (exported(tmp_path / f"{n}", 1) for n in (1, 2))
@@ -129,7 +131,8 @@ def test_two_processes_make_the_update_of_one(script, train, tmp_path):
         assert a.keys() == b.keys()
         assert a.get("ratio_max_dev", 0.0) == b.get("ratio_max_dev", 0.0) == 0.0
         for key in a.keys() - {"samples_per_s", "time_s", "loss", "approx_kl"}:
-            assert a[key] == pytest.approx(b[key], rel=1e-4 if a["step"] < 2 else 0.1, abs=1e-6), key
+            exact = a["step"] == 0 or a["step"] == 1 and not key.startswith("eval")  # before the first update
+            assert a[key] == pytest.approx(b[key], rel=1e-4 if exact else 0.1, abs=1e-6), key
 
 
 def test_two_processes_train_the_lora_of_one(train, tmp_path):
@@ -165,18 +168,18 @@ def test_processes_share_neither_prompts_nor_noise(words, start, tmp_path):
 
 
 def test_a_killed_process_ends_the_job_and_the_run_resumes_bit_for_bit(start, train, tmp_path):
-    words = [*FEW, "--reward", "rewards.py:deadly", "--max_train_steps", "4"]
+    words = [*FEW, "--reward", "rewards.py:deadly", "--max_train_steps", "3"]
     process = start(2, ROOT / "grpo_flux.py", *words, "--output_dir", "run")
     output = process.communicate(timeout=300)[0]
     assert process.returncode != 0 and "Signal 9 (SIGKILL)" in output and "local_rank: 1" in output
     kept = max((tmp_path / "run/checkpoints").glob("step_??????"))
     assert kept.name == "step_000001"
     (tmp_path / "lived").touch()
-    words = ["--max_train_steps", "4"]
+    words = ["--max_train_steps", "3"]
     resumed = train(2, "run", *words, "--resume_from_checkpoint", "latest", reward="rewards.py:deadly")
     unbroken = train(2, "unbroken", *words, reward="rewards.py:deadly")
-    assert torch.equal(exported(tmp_path / "run", 4), exported(tmp_path / "unbroken", 4))
-    assert torch.equal(state_of(tmp_path / "run", 4, ""), state_of(tmp_path / "unbroken", 4, ""))
+    assert torch.equal(exported(tmp_path / "run", 3), exported(tmp_path / "unbroken", 3))
+    assert torch.equal(state_of(tmp_path / "run", 3, ""), state_of(tmp_path / "unbroken", 3, ""))
     for a, b in zip(resumed, unbroken, strict=True):
         assert {k: v for k, v in a.items() if k not in TIMES} == {k: v for k, v in b.items() if k not in TIMES}
 
@@ -184,9 +187,9 @@ def test_a_killed_process_ends_the_job_and_the_run_resumes_bit_for_bit(start, tr
 def test_a_run_goes_on_with_another_number_of_processes(train, tmp_path):
     """With an average, whose weights an evaluation in each iteration puts into the policy and takes out again."""
     words = ["--ema_decay", "0.5", "--validation_steps", "1", "--max_train_steps"]
-    train(2, "run", *words, "2")
-    train(1, "run", *words, "3", "--resume_from_checkpoint", "latest")
-    changed = train(2, "run", *words, "4", "--resume_from_checkpoint", "latest")
+    train(1, "run", *words, "1")
+    train(2, "run", *words, "3", "--resume_from_checkpoint", "latest")
+    changed = train(1, "run", *words, "4", "--resume_from_checkpoint", "latest")
     one = train(1, "one", *words, "4")
     before, first, second = (exported(tmp_path / run, step) for run, step in (("run", 3), ("run", 4), ("one", 4)))
     assert (first - before).norm() > 0 and (first - second).norm() < 5e-2 * (first - before).norm()

@@ -312,10 +312,10 @@ def test_lora_loads_in_diffusers_and_is_the_policy_that_was_trained(script, buil
         (skyreel, "--first_frame_model nowhere", "no image is captioned 'a blue circle moving down on black'"),
         (skyreel, f"--images nowhere --prompts {TINY}/prompts_video.txt", "a folder of images"),
         (skyreel, f"--images empty --prompts {TINY}/prompts_video.txt", "a folder of images"),
-        (skyreel, "--images without_image", "a.txt must be one line that no other is, beside one image"),
-        (skyreel, "--images two_images", "a.txt must be one line that no other is, beside one image"),
-        (skyreel, "--images two_lines", "a.txt must be one line that no other is, beside one image"),
-        (skyreel, "--images same_caption", "b.txt must be one line that no other is, beside one image"),
+        (skyreel, "--images without_image", "a.txt: must be one line, that no other caption is, beside one image"),
+        (skyreel, "--images two_images", "a.txt: must be one line, that no other caption is, beside one image"),
+        (skyreel, "--images two_lines", "a.txt: must be one line, that no other caption is, beside one image"),
+        (skyreel, "--images same_caption", "b.txt: must be one line, that no other caption is, beside one image"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(script, command, accepted, tmp_path, monkeypatch, capsys):
