@@ -1,31 +1,33 @@
-"""Every reward that `--reward` can name, on PyTorch and transformers alone. Higher is better.
+"""The rewards that `--reward` can name, built on PyTorch and transformers alone. A higher score is better.
 
-  name       model                        image fitted by         score                 licence
-  hps        HPS-v2.1 (ViT-H/14)          letterbox, black bars   cosine, 0.20..0.37    Apache-2.0
-  clip       DFN5B CLIP (ViT-H/14, 378)   squash                  cosine, 0.30..0.45    apple-amlr
-  pick       PickScore v1 (ViT-H/14)      short side, crop        cosine, 0.18..0.24    MIT (code)
-  aesthetic  LAION head, CLIP ViT-L/14    short side, crop        1..10, mostly 4..7    Apache-2.0
-  jpeg       none                         not at all              minus kilobytes
-  vq mq ta   VideoAlign (Qwen2-VL-2B)     to multiples of 28      z-scores, -2..2       Apache-2.0
-  path/to/file.py:function                one's own f(media, prompts) -> (B,), named `function`
+  name       model                        how an image is fitted        score                 licence
+  hps        HPS-v2.1 (ViT-H/14)          letterbox with black bars     cosine, 0.20..0.37    Apache-2.0
+  clip       DFN5B CLIP (ViT-H/14, 378)   squashed to a square          cosine, 0.30..0.45    apple-amlr
+  pick       PickScore v1 (ViT-H/14)      centre crop                   cosine, 0.18..0.24    MIT (code)
+  aesthetic  LAION head, CLIP ViT-L/14    centre crop                   1..10, mostly 4..7    Apache-2.0
+  jpeg       none                         not at all                    minus kilobytes
+  vq mq ta   VideoAlign (Qwen2-VL-2B)     sides are multiples of 28     z-scores, -2..2       Apache-2.0
+  path/to/file.py:function                your own function(media, prompts) -> (B,)
 
     reward = load_rewards(["hps", "clip"], {"hps": "tiny/hps", "clip": "tiny/clip"})
     reward(images, prompts)    # {"hps": (B,), "clip": (B,)}; images (B, 3, H, W) in [0, 1]
     reward = load_rewards(["vq", "mq", "hps:first_frame"], {"videoalign": "tiny/videoalign"})
     reward(videos, prompts)    # {"vq": (B,), ...}; videos (B, F, 3, H, W) in [0, 1]
 
-vq, mq and ta (visual quality, motion quality, text alignment) need a video. Any other reward scores
-a video by its `:first_frame` or by the `:mean` over its frames; a video of one frame is an image.
+vq, mq and ta stand for visual quality, motion quality and text alignment. They score videos only. The other models
+score images. On a video they need a reading: `hps:first_frame` scores the first frame, `hps:mean` is the mean over all
+frames. A video of one frame is an image.
 
-The default CLIP is licensed by Apple for research only; laion/CLIP-ViT-H-14-laion2B-s32B-b79K (MIT)
-is the free choice, at another level of scores. Group-normalised advantages do not notice the level
-of a reward; a binary threshold does.
+Apple licenses the default CLIP for research only. The free choice is laion/CLIP-ViT-H-14-laion2B-s32B-b79K (MIT). Its
+scores lie at another level. Advantages do not depend on the level, because they are normalised in each group, but the
+threshold of a binary reward does.
 
-A reward that raises, is not finite or has a wrong shape stops the run: nothing takes its place.
-What is loaded is pinned: repositories by commit, files unpickled here by sha256, before they are.
+A reward stops the run if it raises an error, or returns a wrong shape or a value that is not finite. No other value
+takes its place. Downloads are pinned: a repository by its commit, a pickled file by its sha256 before it is unpickled.
 """
 
 import ast
+import contextlib
 import hashlib
 import html
 import importlib.util
@@ -34,32 +36,37 @@ import json
 import math
 import re
 import sys
-from functools import lru_cache
 from pathlib import Path
 
+# Write transformers.CLIPModel, not `from transformers import CLIPModel`: transformers and huggingface_hub load their
+# parts on first use, and the command line, which checks names with this file, must answer before that.
+import huggingface_hub
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download, snapshot_download
+import transformers
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, CLIPConfig, CLIPModel, Qwen2VLConfig, Qwen2VLModel
 
-# B images = prompts    F frames of a video    H, W pixels    D joint embedding of a CLIP
+# B samples (images or videos), with a prompt each    b the samples of one chunk    F frames of a video    H, W pixels
+# D dimensions of CLIP's joint embedding
 
 DFN = "apple/DFN5B-CLIP-ViT-H-14-378"
 LAION = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+PICKSCORE = "yuvalkirstain/PickScore_v1"
+CLIP_L_14 = "openai/clip-vit-large-patch14"
 VIDEOALIGN = "KlingTeam/VideoReward"
 COMMITS = {
     DFN: "01b771ed0d1395ca5ffdd279897d665ebe00dfd2",
     LAION: "1c2b8495b28150b8a4922ee1c8edee224c284c0c",
-    "yuvalkirstain/PickScore_v1": "a4e4367c6dfa7288a00c550414478f865b875800",
-    "openai/clip-vit-large-patch14": "32bd64288804d66eefd0ccbe215aa642df71cc41",
+    PICKSCORE: "a4e4367c6dfa7288a00c550414478f865b875800",
+    CLIP_L_14: "32bd64288804d66eefd0ccbe215aa642df71cc41",
     VIDEOALIGN: "b8e421fe21aec3dde5f61fdd1dc44e1d603b9727",
 }
-WEIGHTS = {DFN: "pytorch_model.bin", VIDEOALIGN: "*/model.pth"}  # of others: model.safetensors
-HPS_FILE = ("xswu/HPSv2", "HPS_v2.1_compressed.pt")
+WEIGHTS = {DFN: "pytorch_model.bin", VIDEOALIGN: "*/model.pth"}  # every other repository: model.safetensors
+HPS_REPOSITORY = "xswu/HPSv2"
 HPS_COMMIT = "697403c78157020a1ae59d23f111aa58ced35b0a"
+HPS_FILE = "HPS_v2.1_compressed.pt"
 HPS_SHA256 = "c57a38fb4a2f7e7c15bf00da2ea377cdf165448b4dd1052a484c215a998c9837"
 AESTHETIC_FILE = "sac+logos+ava1-l14-linearMSE.pth"
 AESTHETIC_URL = (
@@ -74,22 +81,21 @@ TEMPLATE_URL = (
 )
 TEMPLATE_SHA256 = "fdb6309bac618dd0c8b1b589d3a0970a974f7856eecbb355a190b2dce54af700"
 
-# HPS ships bare weights; this is its architecture. The activation is the exact gelu: CLIPConfig's
-# default is quick_gelu, which loads without a complaint and gives other scores.
+# The file of HPS holds weights and no configuration. This is its architecture. The activation is the exact gelu:
+# CLIPConfig's default is quick_gelu, which would load without an error and give other scores.
 VIT_H_14 = {
     "projection_dim": 1024,
     "text_config": {
-        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-        "num_attention_heads": 16, "vocab_size": 49408, "max_position_embeddings": 77,
-        "hidden_act": "gelu", "eos_token_id": 49407,
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "vocab_size": 49408, "max_position_embeddings": 77, "hidden_act": "gelu", "eos_token_id": 49407,
     },
     "vision_config": {
-        "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
-        "num_attention_heads": 16, "image_size": 224, "patch_size": 14, "hidden_act": "gelu",
+        "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
+        "image_size": 224, "patch_size": 14, "hidden_act": "gelu",
     },
 }  # fmt: skip
 
-# VideoAlign's own file holds no architecture either: Qwen2-VL-2B with three more words.
+# The file of VideoAlign holds no configuration either. It is Qwen2-VL-2B with three more words.
 QWEN2_VL_2B = {
     "text_config": {
         "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
@@ -100,7 +106,7 @@ QWEN2_VL_2B = {
 }  # fmt: skip
 
 
-# ---- Images: the 8-bit grid, three ways to a square ----------------------------------------------
+# ---- PREPARING IMAGES --------------------------------------------------------------------------------------------
 CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
@@ -111,18 +117,19 @@ def quantise(images):
 
 
 def resize(images, height, width):
-    # antialias=True is what makes shrinking agree with PIL and current torchvision. A bicubic
-    # overshoots: values leave [0, 1] by a few per cent until somebody clamps them.
-    size = (height, width)
-    return F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
+    """(B, 3, H, W) -> (B, 3, height, width), bicubic. The result leaves [0, 1] by a few per cent: bicubic overshoots.
+
+    With antialias=True, shrinking agrees with PIL and with torchvision since 0.17.
+    """
+    return F.interpolate(images, (height, width), mode="bicubic", antialias=True, align_corners=False)
 
 
 def letterbox(images, size):
-    """(B, 3, H, W) -> (B, 3, size, size): the whole image, centred between black bars; not clamped.
+    """(B, 3, H, W) -> (B, 3, size, size): the whole image, centred between black bars. Not clamped.
 
-    HPSv2's own transform: the longest side becomes `size`, bars are 0.0 before normalisation and an
-    odd row or column of padding goes to the bottom or right. (The original forgets the bars where
-    the longest side already is `size`; here they are always added.)
+    HPSv2's own transform: the longest side becomes `size`, and the bars are 0.0 before normalisation. If the padding is
+    odd, the bottom or the right gets the extra pixel. One difference: HPSv2 adds no bars if the longest side already is
+    `size`; here they are always added.
     """
     height, width = images.shape[-2:]
     scale = size / max(height, width)
@@ -133,15 +140,15 @@ def letterbox(images, size):
 
 
 def squash(images, size):
-    """(B, 3, H, W) -> (B, 3, size, size) in [0, 1], proportions ignored: how DFN was trained."""
+    """(B, 3, H, W) -> (B, 3, size, size) in [0, 1]. Proportions are ignored, as when DFN was trained."""
     return quantise(resize(images, size, size))
 
 
 def centre_crop(images, size):
-    """(B, 3, H, W) -> (B, 3, size, size) in [0, 1]: the short side is resized to `size`.
+    """(B, 3, H, W) -> (B, 3, size, size) in [0, 1]: the short side becomes `size`, and the middle is kept.
 
-    As CLIP's own preprocessing. The order in `int(size * long / short)` matters: the other one is
-    a pixel off for some sizes.
+    CLIP's own preprocessing. It multiplies before it divides. `size * (long / short)` would be one pixel shorter for
+    some sizes.
     """
     height, width = images.shape[-2:]
     short = min(height, width)
@@ -150,47 +157,61 @@ def centre_crop(images, size):
     return quantise(resize(images, height, width))[..., top : top + size, left : left + size]
 
 
-# ---- Videos: which frames, which size, pairs of patches ------------------------------------------
-def frame_indices(total, file_fps, fps):
-    """The frames that VideoAlign looks at: `fps` a second and evenly spread, an even number from 4 to 768.
+def normalise(images):
+    """(..., 3, H, W) in [0, 1] -> the range that CLIP and Qwen2-VL were trained on."""
+    return (images - CLIP_MEAN.to(images)) / CLIP_STD.to(images)
 
-    A second is `file_fps` frames, and that is what decides: of 53 frames it sees 14 if they are taken for
-    8 a second, as the paper does to show it more of the motion, and 4 if they are taken for 24.
+
+# ---- PREPARING VIDEOS --------------------------------------------------------------------------------------------
+def frame_indices(total, file_fps, fps):
+    """The frames that VideoAlign looks at: `fps` a second, evenly spread, an even number from 4 to 768.
+
+    total: frames of the video. file_fps: how many of them make a second. This decides how many frames are seen: of 53
+    frames it is 14 at 8 a second, and 4 at 24 a second. The paper takes videos for 8 a second, to show more motion.
+    Raises ValueError for fewer than 2 frames.
     """
     if total < 2:
         raise ValueError("VideoAlign reads pairs of frames: it needs videos of 2 frames or more")
     most = min(768, total) // 2 * 2
-    n = round(min(max(total / file_fps * fps, 4), most) / 2) * 2
-    return torch.linspace(0, total - 1, n).round().long()
+    count = round(min(max(total / file_fps * fps, 4), most) / 2) * 2
+    return torch.linspace(0, total - 1, count).round().long()
 
 
 def smart_resize(height, width, factor, min_pixels, max_pixels):
-    """(height, width) in multiples of `factor`, in proportion as far as the range of pixels allows."""
-    h, w = (round(side / factor) * factor for side in (height, width))
-    if h * w > max_pixels:
+    """The size (height, width) that Qwen2-VL gives a frame: multiples of `factor`, min_pixels to max_pixels in all.
+
+    Proportions are kept as far as this allows.
+    """
+    new_height = round(height / factor) * factor
+    new_width = round(width / factor) * factor
+    if new_height * new_width > max_pixels:
         scale = math.sqrt(height * width / max_pixels)
-        h, w = (max(factor, math.floor(side / scale / factor) * factor) for side in (height, width))
-    elif h * w < min_pixels:
+        new_height = max(factor, math.floor(height / scale / factor) * factor)
+        new_width = max(factor, math.floor(width / scale / factor) * factor)
+    elif new_height * new_width < min_pixels:
         scale = math.sqrt(min_pixels / (height * width))
-        h, w = (math.ceil(side * scale / factor) * factor for side in (height, width))
-    return h, w
+        new_height = math.ceil(height * scale / factor) * factor
+        new_width = math.ceil(width * scale / factor) * factor
+    return new_height, new_width
 
 
 def patchify(videos, patch, merge):
-    """(b, F, 3, H, W) -> rows (b · F/2 · H/patch · W/patch, 3 · 2 · patch²), [[F/2, H/patch, W/patch]] * b.
+    """(b, F, 3, H, W) -> Qwen2-VL's input: patches (b · F/2 · H/patch · W/patch, 3 · 2 · patch²) and grid (b, 3).
 
-    A row is one place in two consecutive frames; merge x merge places, one token later, are adjacent rows.
+    A patch is one square of two consecutive frames. The model merges merge x merge patches into one token; they are
+    adjacent rows. The grid counts patches in time, height and width.
     """
     b, frames, _, height, width = videos.shape
-    h, w = height // patch, width // patch
-    cells = videos.view(b, frames // 2, 2, 3, h // merge, merge, patch, w // merge, merge, patch)
-    rows = cells.permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9).reshape(-1, 6 * patch**2)
-    return rows, torch.tensor([[frames // 2, h, w]] * b)
+    rows, columns = height // patch, width // patch
+    cells = videos.view(b, frames // 2, 2, 3, rows // merge, merge, patch, columns // merge, merge, patch)
+    # Now the axes are: b, pair of frames, frame of a pair, channel, and both height and width as token, patch, pixel.
+    patches = cells.permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9).reshape(-1, 6 * patch**2)
+    return patches, torch.tensor([[frames // 2, rows, columns]] * b)
 
 
-# ---- Rewards -------------------------------------------------------------------------------------
+# ---- REWARDS OF IMAGES -------------------------------------------------------------------------------------------
 def clean(prompt):
-    """The part of CLIP's text clean-up that its tokenizer lacks: HTML entities, curly quotes."""
+    """The part of CLIP's text clean-up that its tokenizer lacks: HTML entities and curly quotes become plain."""
     prompt = html.unescape(html.unescape(prompt))
     return prompt.translate(str.maketrans("‘’“”", "''\"\""))
 
@@ -198,46 +219,50 @@ def clean(prompt):
 class ClipReward:
     """{name: cosine between the embeddings of an image and of its own prompt}, float32 (B,).
 
-    hps, clip and pick are this class with other weights and another `fit` (letterbox, squash or
-    centre_crop). Image size and prompt length are the model's own. No logit scale: it is one factor
-    for all scores, which group normalisation divides out again.
+    hps, clip and pick are this class, with different weights and a different `fit`: letterbox, squash or centre_crop.
+    The model says which image size and which prompt length it takes. The logit scale is left out: it multiplies all
+    scores, and normalisation in a group divides by it again.
     """
 
     def __init__(self, name, model, tokenizer, fit, chunk_size=8):
-        self.name, self.tokenizer, self.fit, self.chunk_size = name, tokenizer, fit, chunk_size
+        self.name = name
         self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.fit = fit
+        self.chunk_size = chunk_size
 
     def image_features(self, images):
-        """(B, 3, H, W) -> (B, D), float32, unit length; at most `chunk_size` images at a time."""
-        size, features = self.model.config.vision_config.image_size, []
+        """(B, 3, H, W) -> (B, D), float32, of length 1. The model sees at most `chunk_size` images at a time."""
+        features = []
         for chunk in images.split(self.chunk_size):
-            pixels = self.fit(chunk.to(self.model.device), size)
-            pixels = (pixels - CLIP_MEAN.to(pixels)) / CLIP_STD.to(pixels)
-            output = self.model.get_image_features(pixel_values=pixels.to(self.model.dtype))
+            pixels = self.fit(chunk.to(self.model.device), self.model.config.vision_config.image_size)
+            output = self.model.get_image_features(pixel_values=normalise(pixels).to(self.model.dtype))
             features.append(F.normalize(output.pooler_output.float(), dim=-1))
         return torch.cat(features)
 
     def text_features(self, prompts):
-        """B strings -> (B, D), float32, unit length; a prompt given twice is encoded once."""
-        row = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        """B strings -> (B, D), float32, of length 1. A prompt that occurs twice is encoded once."""
+        distinct = list(dict.fromkeys(prompts))
         tokens = self.tokenizer(
-            [clean(prompt) for prompt in row], padding="max_length", truncation=True,
+            [clean(prompt) for prompt in distinct], padding="max_length", truncation=True,
             max_length=self.model.config.text_config.max_position_embeddings, return_tensors="pt",
         ).input_ids.to(self.model.device)  # fmt: skip
-        # No attention mask: attention is causal and the end token, which is read, precedes padding.
-        chunks = tokens.split(self.chunk_size)
-        features = [self.model.get_text_features(input_ids=c).pooler_output.float() for c in chunks]
+        features = []
+        for chunk in tokens.split(self.chunk_size):
+            # No attention mask: the embedding is read at the end token. Attention is causal, and padding comes after.
+            features.append(self.model.get_text_features(input_ids=chunk).pooler_output.float())
+        row = {prompt: i for i, prompt in enumerate(distinct)}
         return F.normalize(torch.cat(features), dim=-1)[[row[prompt] for prompt in prompts]]
 
     @torch.no_grad()
     def __call__(self, images, prompts):
-        # In float32: half precision has steps of 2.4e-4 near 0.3, where a group of images sits.
+        # In float32: the scores of a group lie close together near 0.3, where float16 has steps of 2.4e-4.
         cosine = (self.image_features(images) * self.text_features(prompts)).sum(-1)
         return {self.name: cosine}
 
 
 class AestheticReward(ClipReward):
-    """{"aesthetic": w · image embedding + b}, float32 (B,); the prompts are not looked at."""
+    """{"aesthetic": weight · image embedding + bias}, float32 (B,). It does not look at the prompts."""
 
     def __init__(self, model, head, chunk_size=8):
         super().__init__("aesthetic", model, None, centre_crop, chunk_size)
@@ -252,7 +277,7 @@ class AestheticReward(ClipReward):
 def jpeg(images, prompts):
     """{"jpeg": minus the kilobytes (1000 bytes) of an image as a JPEG of quality 95}, (B,).
 
-    Compressibility, one of DDPO's two rewards without a model. Its best image is a blank one.
+    Compressibility is a reward without a model, from DDPO (arXiv:2305.13301). A blank image scores highest.
     """
     pixels = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     kilobytes = []
@@ -263,6 +288,7 @@ def jpeg(images, prompts):
     return {"jpeg": -torch.tensor(kilobytes)}
 
 
+# ---- REWARDS OF VIDEOS -------------------------------------------------------------------------------------------
 REWARD_TOKENS = {"vq": "<|VQ_reward|>", "mq": "<|MQ_reward|>", "ta": "<|TA_reward|>"}
 QUESTION = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>{}<|vision_end|>"
@@ -272,79 +298,113 @@ QUESTION = (
 class VideoAlignReward:
     """{name: z-score}, float32 (B,), for the `names` among vq, mq and ta (arXiv:2501.13918).
 
-    A language model reads the video, a rubric and <|VQ_reward|>, a rubric and <|MQ_reward|>, a rubric, the
-    caption and <|TA_reward|>; one linear head scores what it makes of each of the three. Attention is
-    causal: vq and mq cannot know the caption, and nothing behind the last token asked for is fed at all.
+    A language model reads: the video, a rubric, <|VQ_reward|>, a rubric, <|MQ_reward|>, a rubric with the caption,
+    <|TA_reward|>. One linear head turns the hidden state at each reward token into a score. Attention is causal, so vq
+    and mq do not depend on the caption. The text ends at the last reward token that `names` asks for.
     """
 
     def __init__(self, names, model, head, tokenizer, template, config, file_fps=8.0, chunk_size=8):
         self.names = [name for name in REWARD_TOKENS if name in names]
-        self.model, self.head, self.tokenizer, self.data = model, head, tokenizer, config["data_config"]
-        self.file_fps, self.chunk_size = file_fps, chunk_size
-        tokens = [REWARD_TOKENS[name] for name in self.names]
-        self.template = template[: template.index(tokens[-1]) + len(tokens[-1])]
-        self.token_ids = [tokenizer.get_vocab()[token] for token in tokens]
-        norms = [[config["inference_config"][f"{n.upper()}_{k}"] for n in self.names] for k in ("mean", "std")]
-        self.mean, self.std = torch.tensor(norms, device=head.device)
+        self.model = model
+        self.head = head
+        self.tokenizer = tokenizer
+        self.data_config = config["data_config"]
+        self.file_fps = file_fps
+        self.chunk_size = chunk_size
+        last_token = REWARD_TOKENS[self.names[-1]]
+        self.template = template[: template.index(last_token) + len(last_token)]
+        vocabulary = tokenizer.get_vocab()
+        self.token_ids = [vocabulary[REWARD_TOKENS[name]] for name in self.names]
+        statistics = config["inference_config"]
+        self.mean = torch.tensor([statistics[f"{name.upper()}_mean"] for name in self.names], device=head.device)
+        self.std = torch.tensor([statistics[f"{name.upper()}_std"] for name in self.names], device=head.device)
 
     @torch.no_grad()
     def __call__(self, videos, prompts):
-        total, n = videos.shape[1] if videos.ndim == 5 else 1, self.chunk_size
-        frames = videos[:, frame_indices(total, self.file_fps, self.data["fps"])]
-        parts = [self.score(frames[i : i + n], prompts[i : i + n]) for i in range(0, len(prompts), n)]
-        return dict(zip(self.names, torch.cat(parts).T, strict=True))
+        total = videos.shape[1] if videos.ndim == 5 else 1
+        frames = videos[:, frame_indices(total, self.file_fps, self.data_config["fps"])]
+        scores = []
+        for start in range(0, len(prompts), self.chunk_size):
+            chunk = slice(start, start + self.chunk_size)
+            scores.append(self.score(frames[chunk], prompts[chunk]))
+        return dict(zip(self.names, torch.cat(scores).unbind(1), strict=True))
 
     def score(self, frames, prompts):
-        """The frames to look at (b, F, 3, H, W), b strings -> (b, names)."""
-        device, vision = self.model.device, self.model.config.vision_config
-        patch, merge, (b, total) = vision.patch_size, vision.spatial_merge_size, frames.shape[:2]
-        limits = self.data.get("min_frame_pixels", 128 * 28**2), self.data["max_frame_pixels"]
-        height, width = smart_resize(*frames.shape[-2:], patch * merge, *limits)
-        images = quantise(resize(frames.flatten(0, 1).to(device), height, width))
-        images = (images - CLIP_MEAN.to(images)) / CLIP_STD.to(images)
-        patches, grid = patchify(images.view(b, total, 3, height, width), patch, merge)
-        text = QUESTION.format("<|video_pad|>" * (len(patches) // b // merge**2)) + self.template
-        # A reward token that stands in a caption is taken apart: one too many.
-        texts = [text.replace("{text_prompt}", prompt.replace("<|", "< |")) for prompt in prompts]
-        rows = self.tokenizer(texts, add_special_tokens=False).input_ids
-        # No attention mask, as for CLIP: padding follows everything that is read.
-        ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
+        """The frames to look at (b, F, 3, H, W) and b strings -> (b, names)."""
+        patches, grid = self.read_frames(frames)
+        ids = self.read_prompts(prompts, len(patches) // len(prompts))
         hidden = self.model(
-            input_ids=ids, pixel_values_videos=patches, video_grid_thw=grid.to(device), use_cache=False,
-            # VideoAlign was trained on tokens counted one by one. Left alone, Qwen2-VL would count
-            # those of the video in time, height and width (M-RoPE; with all three equal it is RoPE).
-            position_ids=torch.arange(ids.shape[1], device=device).expand(3, *ids.shape),
+            input_ids=ids, pixel_values_videos=patches, video_grid_thw=grid, use_cache=False,
+            # VideoAlign was trained with positions that count tokens one by one. By itself, Qwen2-VL would count the
+            # tokens of the video in time, height and width (M-RoPE). If all three are equal, M-RoPE is plain RoPE.
+            position_ids=torch.arange(ids.shape[1], device=ids.device).expand(3, *ids.shape),
         ).last_hidden_state  # fmt: skip
         found = torch.stack([ids == token for token in self.token_ids], 1)  # (b, names, tokens)
         if not (found.sum(-1) == 1).all():
             raise ValueError("VideoAlign's template must hold each reward token once")
-        # The head in float32: bfloat16 has steps of 0.02 near 3, where the scores are.
-        hidden = hidden[torch.arange(b, device=device)[:, None], found.int().argmax(-1)].float()
+        places = found.int().argmax(-1)  # (b, names)
+        # The head in float32: bfloat16 has steps of 0.02 near 3, where the scores lie.
+        hidden = hidden[torch.arange(len(ids), device=ids.device)[:, None], places].float()
         return (hidden @ self.head[0] - self.mean) / self.std
 
+    def read_frames(self, frames):
+        """(b, F, 3, H, W) -> patches and grid, see patchify, on the model's device."""
+        vision = self.model.config.vision_config
+        b, total = frames.shape[:2]
+        min_pixels = self.data_config.get("min_frame_pixels", 128 * 28**2)
+        max_pixels = self.data_config["max_frame_pixels"]
+        factor = vision.patch_size * vision.spatial_merge_size
+        height, width = smart_resize(*frames.shape[-2:], factor, min_pixels, max_pixels)
+        images = quantise(resize(frames.flatten(0, 1).to(self.model.device), height, width))
+        videos = normalise(images).view(b, total, 3, height, width)
+        patches, grid = patchify(videos, vision.patch_size, vision.spatial_merge_size)
+        return patches, grid.to(self.model.device)
 
-def over_frames(reward, name, over, label):
-    """The reward `name` of images as one of videos, {label: (B,)}: of the first frame, or the mean of all."""
+    def read_prompts(self, prompts, patches_per_video):
+        """b strings -> token ids (b, length), on the model's device."""
+        video_tokens = patches_per_video // self.model.config.vision_config.spatial_merge_size**2
+        text = QUESTION.format("<|video_pad|>" * video_tokens) + self.template
+        # A caption may hold a reward token, but the text must hold each of them once. "< |" is no special token.
+        texts = [text.replace("{text_prompt}", prompt.replace("<|", "< |")) for prompt in prompts]
+        rows = self.tokenizer(texts, add_special_tokens=False).input_ids
+        # No attention mask, as for CLIP: padding comes after all that is read.
+        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(self.model.device)
+
+
+def over_frames(reward, label):
+    """A reward of images as a reward of videos: {label: (B,)}. label: "hps:first_frame" or "hps:mean" for "hps"."""
+    image_label, _, reading = label.rpartition(":")
 
     def score(media, prompts):
-        videos = media.view(len(prompts), -1, *media.shape[-3:])[:, : 1 if over == "first_frame" else None]
-        repeated = [prompt for prompt in prompts for _ in range(videos.shape[1])]
-        scores = torch.as_tensor(reward(videos.flatten(0, 1), repeated)[name], dtype=torch.float32)
-        return {label: scores.view(videos.shape[:2]).mean(1)}
+        videos = media.view(len(prompts), -1, *media.shape[-3:])  # an image is a video of one frame
+        if reading == "first_frame":
+            videos = videos[:, :1]
+        frames = videos.shape[1]
+        prompts_of_frames = [prompt for prompt in prompts for _ in range(frames)]
+        scores = torch.as_tensor(reward(videos.flatten(0, 1), prompts_of_frames)[image_label], dtype=torch.float32)
+        return {label: scores.view(-1, frames).mean(1)}
 
     return score
 
 
+# ---- SEVERAL REWARDS ---------------------------------------------------------------------------------------------
 class Rewards:
-    """The rewards of a run, called as one: (media, prompts) -> {name: float32 (B,)}, in order.
+    """The rewards of a run, called as one: (media, prompts) -> {label: float32 (B,)}, in the order of `labels`.
 
-    media: images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1] on any device, where the scores will
-    be too; prompts: B strings. All rewards see images as a PNG would hold them. Raises RuntimeError with
-    the name of a reward that raises, returns another shape than (B,), or a value that is not finite.
+    rewards: {label: function (media, prompts) -> {label: (B,), ...}}. One function may stand under several labels.
+    media: images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1]; prompts: B strings. All rewards see the images as a
+    PNG would hold them. The scores are on the device of the media. Raises ValueError for media and prompts that do not
+    fit. Raises RuntimeError with the label of a reward that raises an error, returns another shape than (B,), or
+    returns a value that is not finite.
     """
 
     def __init__(self, rewards):
-        self.rewards, self.names = rewards, list(rewards)
+        self.rewards = rewards
+        self.labels = list(rewards)
+
+    def first(self, count):
+        """The first `count` of these rewards, sharing their models."""
+        return Rewards({label: self.rewards[label] for label in self.labels[:count]})
 
     @torch.no_grad()
     def __call__(self, media, prompts):
@@ -353,42 +413,43 @@ class Rewards:
                 f"rewards need images (B, 3, H, W) or videos (B, F, 3, H, W) and B prompts, "
                 f"got {tuple(media.shape)} and {len(prompts)} prompts"
             )
-        if not media.isfinite().all():  # jpeg would give a NaN a size
+        if not media.isfinite().all():  # a JPEG of NaN has a size: its score would look right
             raise ValueError("rewards need finite images")
         if media.ndim == 5 and media.shape[1] == 1:
             media = media[:, 0]
-        media, scores, outputs = quantise(media), {}, {}
-        for name, reward in self.rewards.items():
+        media = quantise(media)
+        scores = {}
+        outputs = {}  # {function: all that it returned}, for a function with several labels runs once
+        for label, reward in self.rewards.items():
             try:
                 if media.ndim == 5 and (reward is jpeg or isinstance(reward, ClipReward)):
-                    raise ValueError(f"it scores images; for videos {name}:first_frame or {name}:mean")
-                if reward not in outputs:  # one object may give several scores at once
+                    raise ValueError(f"it scores images; for videos {label}:first_frame or {label}:mean")
+                if reward not in outputs:
                     outputs[reward] = reward(media, prompts)
-                score = outputs[reward][name]
-                score = torch.as_tensor(score, dtype=torch.float32, device=media.device)
+                score = torch.as_tensor(outputs[reward][label], dtype=torch.float32, device=media.device)
             except Exception as error:
-                raise RuntimeError(f"reward '{name}' failed: {error}") from error
+                raise RuntimeError(f"reward '{label}' failed: {error}") from error
             if score.shape != (len(prompts),):
-                raise RuntimeError(f"reward '{name}' returned shape {tuple(score.shape)} for {len(prompts)} samples")
+                raise RuntimeError(f"reward '{label}' returned shape {tuple(score.shape)} for {len(prompts)} samples")
             if not score.isfinite().all():
                 i = int(score.isfinite().logical_not().nonzero()[0])
-                raise RuntimeError(f"reward '{name}' is {score[i]} for sample {i}: {prompts[i]!r}")
-            scores[name] = score
+                raise RuntimeError(f"reward '{label}' is {score[i]} for sample {i}: {prompts[i]!r}")
+            scores[label] = score
         return scores
 
 
 def binary(scores, thresholds):
-    """{name: (B,)}, one threshold a name in the same order -> {name: 1.0 above it, else 0.0}.
+    """{label: (B,)} and one threshold for each, in the same order -> {label: 1.0 above the threshold, else 0.0}.
 
-    The paper's binary reward (section 2.3): 0.28 for hps, 0.39 for clip.
+    The paper's binary reward (section 2.3). Its thresholds are 0.28 for hps and 0.39 for clip.
     """
     pairs = zip(scores.items(), thresholds, strict=True)
-    return {name: (score > threshold).float() for (name, score), threshold in pairs}
+    return {label: (score > threshold).float() for (label, score), threshold in pairs}
 
 
-# ---- Weights -------------------------------------------------------------------------------------
+# ---- FILES OF WEIGHTS --------------------------------------------------------------------------------------------
 def load_pickle(path, sha256):
-    """The tensors of a .pt or .pth file, if it is the file that is meant; else ValueError."""
+    """The contents of a .pt or .pth file. Raises ValueError, before it reads them, if the file has another sha256."""
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
@@ -397,19 +458,19 @@ def load_pickle(path, sha256):
 
 
 def fetch(source, weights=True):
-    """A local folder as it is; owner/name@commit, or a repository of COMMITS, at that commit."""
+    """The folder `source`, or that of a download: owner/name@commit, or a repository of COMMITS at its commit there."""
     if Path(source).is_dir():
         return source
     repository, _, commit = source.partition("@")
-    files = ["*.json", "*.txt"]
+    patterns = ["*.json", "*.txt"]
     if weights:
-        files += [WEIGHTS.get(repository, "model.safetensors")]
+        patterns.append(WEIGHTS.get(repository, "model.safetensors"))
     commit = commit or COMMITS[repository]
-    return snapshot_download(repository, revision=commit, allow_patterns=files)
+    return huggingface_hub.snapshot_download(repository, revision=commit, allow_patterns=patterns)
 
 
 def find_file(folder, name, url):
-    """The path of a small file that belongs to a model: in its folder, else in torch's cache, from `url`."""
+    """The path of a small file: in the model's folder if it is there, else in torch's cache, downloaded from `url`."""
     file = Path(folder, name)
     if not file.exists():
         file = Path(torch.hub.get_dir(), "checkpoints", name)
@@ -419,17 +480,16 @@ def find_file(folder, name, url):
     return file
 
 
-def load_strictly(kind, folder, device, dtype, **given):
-    """kind.from_pretrained, where a missing or superfluous weight is an error."""
-    given |= {"dtype": dtype, "output_loading_info": True}
-    model, report = kind.from_pretrained(folder, **given)
+def load_strictly(model_class, folder, device, dtype, **given):
+    """model_class.from_pretrained; raises ValueError if a weight is missing or superfluous."""
+    model, report = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True, **given)
     wrong = sorted({*report["missing_keys"], *report["unexpected_keys"]})
     if wrong:
-        raise ValueError(f"{folder or 'state dict'}: not a {kind.__name__}, see {', '.join(wrong[:3])}")
+        raise ValueError(f"{folder or 'state dict'}: not a {model_class.__name__}, see {', '.join(wrong[:3])}")
     return model.to(device)
 
 
-# open_clip's names and transformers', outside the transformer blocks and then within one.
+# open_clip's names and transformers' names, first outside the transformer blocks, then inside one.
 OPEN_CLIP_NAMES = {
     "logit_scale": "logit_scale",
     "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
@@ -456,10 +516,10 @@ OPEN_CLIP_BLOCK = {
 
 
 def open_clip_to_transformers(state):
-    """State dict of open_clip's CLIP -> that of CLIPModel; KeyError on an unknown name.
+    """State dict of open_clip's CLIP -> state dict of transformers' CLIPModel. Raises KeyError for an unknown name.
 
-    Three differences besides the names: q, k and v are one matrix in open_clip, the two final
-    projections are stored transposed, and the vision tower is `visual.`, the text tower unprefixed.
+    Three things differ besides the names. open_clip stores q, k and v as one matrix. It stores the two final
+    projections transposed. Its vision tower begins with `visual.`, its text tower with nothing.
     """
     converted = {}
     for key, value in state.items():
@@ -468,52 +528,62 @@ def open_clip_to_transformers(state):
             transposed = key in ("text_projection", "visual.proj")
             converted[OPEN_CLIP_NAMES[key]] = value.T if transposed else value
             continue
-        layer, _, part = rest.partition(".")
+        layer, _, part = rest.partition(".")  # "3", "mlp.c_fc.weight"
+        module, _, kind = part.rpartition(".")  # "mlp.c_fc", "weight"
         block = f"{'vision' if tower else 'text'}_model.encoder.layers.{layer}"
-        if part.startswith("attn.in_proj_"):
-            kind = part.removeprefix("attn.in_proj_")
-            for letter, third in zip("qkv", value.chunk(3), strict=True):
-                converted[f"{block}.self_attn.{letter}_proj.{kind}"] = third
+        if kind.startswith("in_proj_"):
+            kind = kind.removeprefix("in_proj_")
+            q, k, v = value.chunk(3)
+            converted[f"{block}.self_attn.q_proj.{kind}"] = q
+            converted[f"{block}.self_attn.k_proj.{kind}"] = k
+            converted[f"{block}.self_attn.v_proj.{kind}"] = v
         else:
-            module, _, kind = part.rpartition(".")
             converted[f"{block}.{OPEN_CLIP_BLOCK[module]}.{kind}"] = value
     return converted
 
 
 def fold_linears(state):
-    """Aesthetic head -> weight (D,), bias (): its five linear layers have nothing between them.
+    """State dict of the aesthetic head -> weight (D,), bias ().
 
-    Dropout apart there is no activation, so W5(..(W1 x + b1)..) + b5 is one dot product; multiplied
-    out in float64.
+    The head is five linear layers with only dropout between them. So W5(..(W1 x + b1)..) + b5 is one dot product. It is
+    multiplied out in float64.
     """
-    layers = [f"layers.{i}" for i in (0, 2, 4, 6, 7)]
-    weight, bias = (state[f"{layers[0]}.{kind}"].double() for kind in ("weight", "bias"))
-    for layer in layers[1:]:
-        matrix = state[f"{layer}.weight"].double()
-        weight, bias = matrix @ weight, matrix @ bias + state[f"{layer}.bias"].double()
+    weight = state["layers.0.weight"].double()
+    bias = state["layers.0.bias"].double()
+    for layer in (2, 4, 6, 7):
+        matrix = state[f"layers.{layer}.weight"].double()
+        weight = matrix @ weight
+        bias = matrix @ bias + state[f"layers.{layer}.bias"].double()
     return weight[0].float(), bias[0].float()
 
 
 def videoalign_to_transformers(state, scale):
-    """State dict of VideoAlign -> that of Qwen2VLModel, and the head (1, D) in float32.
+    """State dict of VideoAlign -> state dict of transformers' Qwen2VLModel, and the head (1, D) in float32.
 
-    Theirs is of a model inside peft's: base weights W and, beside them, two factors of LoRA each; here
-    W + scale · B A stands in their place. The language model's own head is not used.
+    VideoAlign's was saved from inside peft's wrapper: beside a base weight W lie the two factors A, B of a LoRA. Here
+    they are merged into W + scale · B A. The language model's own head is dropped, as nothing here uses it.
     """
     state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
     head = state.pop("rm_head.weight").float()
     state.pop("lm_head.weight", None)
-    for key in [key for key in state if key.endswith(".base_layer.weight")]:
-        a, b = (state.pop(key.replace("base_layer", f"lora_{x}.default")).float() for x in "AB")
-        state[key] = (state[key].float() + scale * b @ a).to(state[key])
-    names = [re.sub("^model", "language_model", key.replace(".base_layer.", ".")) for key in state]
-    return dict(zip(names, state.values(), strict=True)), head
+    for key in list(state):
+        if key.endswith(".base_layer.weight"):
+            a = state.pop(key.replace("base_layer", "lora_A.default")).float()
+            b = state.pop(key.replace("base_layer", "lora_B.default")).float()
+            state[key] = (state[key].float() + scale * b @ a).to(state[key])
+    converted = {}
+    for key, value in state.items():
+        converted[re.sub("^model", "language_model", key.replace(".base_layer.", "."))] = value
+    return converted, head
 
 
 def read_template(path, sha256):
-    """VideoAlign's rubrics: a string constant of its prompt_template.py, which is parsed and never run."""
+    """VideoAlign's rubrics: a string constant in its prompt_template.py. That file is parsed and never run.
+
+    Raises ValueError if the constant is not there or has another sha256.
+    """
     for node in ast.parse(Path(path).read_text(encoding="utf-8")).body:
-        if ast.unparse(node).startswith("DETAILED_PROMPT_WITH_SPECIAL_TOKEN = "):
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "DETAILED_PROMPT_WITH_SPECIAL_TOKEN":
             template = ast.literal_eval(node.value)
             found = hashlib.sha256(template.encode()).hexdigest()
             if found != sha256:
@@ -522,165 +592,257 @@ def read_template(path, sha256):
     raise ValueError(f"{path}: no DETAILED_PROMPT_WITH_SPECIAL_TOKEN in it")
 
 
-# ---- The registry --------------------------------------------------------------------------------
-# Loaders: (path or None for the original, device, dtype, chunk_size) -> reward. A path is a folder
-# with a CLIPModel and its tokenizer, or a repository (see `fetch`). The fit belongs to the reward's
-# name, whatever the path; on square images all three are one plain resize.
-def load_hps(path, device, dtype, chunk_size):
-    """HPS-v2.1 (arXiv:2306.09341, repository tgxs002/HPSv2). A path may also be its .pt file.
+# ---- LOADING A REWARD --------------------------------------------------------------------------------------------
+# In the loaders, `path` is None for the original model. Else it is a folder with a CLIPModel and its tokenizer, or a
+# repository, see `fetch`. How an image is fitted depends on the reward's name and not on the path. On square images all
+# three ways are the same plain resize.
+def load_clip(name, path, fit, device, dtype, chunk_size):
+    folder = fetch(path)
+    model = load_strictly(transformers.CLIPModel, folder, device, dtype)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return ClipReward(name, model, tokenizer, fit, chunk_size)
 
-    That .pt and no other: its hash is checked wherever it came from. Convert another checkpoint of
-    open_clip's with `open_clip_to_transformers` and save it as a folder.
+
+def load_hps(path, device, dtype, chunk_size):
+    """HPS-v2.1 (arXiv:2306.09341, repository tgxs002/HPSv2). `path` may also be its own .pt file.
+
+    The hash of that file is checked. To use another checkpoint of open_clip's, convert it with
+    `open_clip_to_transformers` and save it as a folder.
     """
     if path and not Path(path).is_file():
         return load_clip("hps", path, letterbox, device, dtype, chunk_size)
-    file = path or hf_hub_download(*HPS_FILE, revision=HPS_COMMIT)
+    file = path or huggingface_hub.hf_hub_download(HPS_REPOSITORY, HPS_FILE, revision=HPS_COMMIT)
     state = open_clip_to_transformers(load_pickle(file, HPS_SHA256)["state_dict"])
-    config = CLIPConfig(**VIT_H_14)
-    model = load_strictly(CLIPModel, None, device, dtype, config=config, state_dict=state)
-    tokenizer = AutoTokenizer.from_pretrained(fetch(LAION, weights=False))
+    config = transformers.CLIPConfig(**VIT_H_14)
+    model = load_strictly(transformers.CLIPModel, None, device, dtype, config=config, state_dict=state)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(fetch(LAION, weights=False))
     return ClipReward("hps", model, tokenizer, letterbox, chunk_size)
 
 
-def load_clip(name, path, fit, device, dtype, chunk_size):
-    folder = fetch(path)
-    model = load_strictly(CLIPModel, folder, device, dtype)
-    return ClipReward(name, model, AutoTokenizer.from_pretrained(folder), fit, chunk_size)
+def load_dfn(path, device, dtype, chunk_size):
+    """CLIP score by Apple's DFN5B (arXiv:2309.17425), the model that DanceGRPO uses. For research only."""
+    return load_clip("clip", path or DFN, squash, device, dtype, chunk_size)
 
 
-def load_dfn(path, *how):
-    """CLIP score by Apple's DFN5B (arXiv:2309.17425), DanceGRPO's choice; for research only."""
-    return load_clip("clip", path or DFN, squash, *how)
-
-
-def load_pick(path, *how):
+def load_pickscore(path, device, dtype, chunk_size):
     """PickScore v1 (arXiv:2305.01569), without the factor of 100 of its model card."""
-    return load_clip("pick", path or "yuvalkirstain/PickScore_v1", centre_crop, *how)
+    return load_clip("pick", path or PICKSCORE, centre_crop, device, dtype, chunk_size)
 
 
 def load_aesthetic(path, device, dtype, chunk_size):
-    """LAION's improved aesthetic predictor on OpenAI's CLIP; `path` may hold the head too."""
-    folder = fetch(path or "openai/clip-vit-large-patch14")
-    state = load_pickle(find_file(folder, AESTHETIC_FILE, AESTHETIC_URL), AESTHETIC_SHA256)
-    return AestheticReward(load_strictly(CLIPModel, folder, device, dtype), state, chunk_size)
+    """LAION's improved aesthetic predictor on OpenAI's CLIP. A folder may hold the file of the head, too."""
+    folder = fetch(path or CLIP_L_14)
+    head = load_pickle(find_file(folder, AESTHETIC_FILE, AESTHETIC_URL), AESTHETIC_SHA256)
+    return AestheticReward(load_strictly(transformers.CLIPModel, folder, device, dtype), head, chunk_size)
 
 
-# Kept, for trained and only watched rewards are two calls of load_rewards: 4.4 GB each in bfloat16.
-@lru_cache(maxsize=1)
 def load_videoalign(path, device, dtype):
-    """VideoAlign's VideoReward: what `VideoAlignReward` takes after the names.
+    """VideoAlign's VideoReward -> the model, head, tokenizer, template and config that `VideoAlignReward` takes.
 
-    A folder, laid out as theirs: model_config.json and checkpoint-*/ with tokenizer/ and model.pth or
-    .safetensors; prompt_template.py too, or the authors' is downloaded. Another model's model_config.json
-    also has its `architecture` and `template_sha256`.
+    A folder is laid out as theirs: model_config.json, and checkpoint-*/ with tokenizer/ and model.pth or
+    model.safetensors. If it lacks prompt_template.py, the authors' is downloaded. The model_config.json of another
+    model also holds its `architecture` and `template_sha256`.
     """
-    dtype = torch.bfloat16 if dtype == torch.float16 else dtype  # as it was trained: the range is wider
+    if dtype == torch.float16:
+        dtype = torch.bfloat16  # it was trained in bfloat16, which has a wider range
     folder = Path(fetch(path or VIDEOALIGN))
     config = json.loads((folder / "model_config.json").read_text())
-    checkpoint = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    file, lora = checkpoint / "model.safetensors", config["peft_lora_config"]
-    state = load_file(file) if file.exists() else load_pickle(checkpoint / "model.pth", VIDEOALIGN_SHA256)
+    checkpoint = max(folder.glob("checkpoint-*"), key=lambda candidate: int(candidate.name.split("-")[1]))
+    if (checkpoint / "model.safetensors").exists():
+        state = load_file(checkpoint / "model.safetensors")
+    else:
+        state = load_pickle(checkpoint / "model.pth", VIDEOALIGN_SHA256)
+    lora = config["peft_lora_config"]
     state, head = videoalign_to_transformers(state, lora["lora_alpha"] / lora["lora_r"])
-    architecture = Qwen2VLConfig(**config.get("architecture", QWEN2_VL_2B))
-    model = load_strictly(Qwen2VLModel, None, device, dtype, config=architecture, state_dict=state)
-    # It was trained with rotary frequencies rounded to bfloat16: up to 2 rad at position 2000.
-    # from_pretrained leaves them in float32, whatever the dtype.
+    architecture = transformers.Qwen2VLConfig(**config.get("architecture", QWEN2_VL_2B))
+    model = load_strictly(transformers.Qwen2VLModel, None, device, dtype, config=architecture, state_dict=state)
+    # It was trained with rotary frequencies that were rounded to bfloat16: at position 2000 the angle differs by up to
+    # 2 rad. from_pretrained leaves them in float32, whatever the dtype.
     for rope in (model.language_model.rotary_emb, model.visual.rotary_pos_emb):
         rope.inv_freq = rope.inv_freq.bfloat16().float()
-    template = find_file(folder, TEMPLATE_FILE, TEMPLATE_URL)
-    template = read_template(template, config.get("template_sha256", TEMPLATE_SHA256))
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint / "tokenizer")
+    template_file = find_file(folder, TEMPLATE_FILE, TEMPLATE_URL)
+    template = read_template(template_file, config.get("template_sha256", TEMPLATE_SHA256))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint / "tokenizer")
     return model.eval().requires_grad_(False), head.to(device), tokenizer, template, config
 
 
-MODELS = {"hps": load_hps, "clip": load_dfn, "pick": load_pick, "aesthetic": load_aesthetic}
-IMAGE_REWARDS, PATHS = (*MODELS, "jpeg"), (*MODELS, "videoalign")
-ACCEPTED = f"{', '.join((*IMAGE_REWARDS, *REWARD_TOKENS))} or path/to/file.py:function"
-
-
-def load_custom(name):
-    """Runs the file of path/to/file.py:function and returns that function as a reward."""
-    path, _, function = name.rpartition(":")
+def run_file(path):
+    """Runs a Python file and returns it as a module."""
     spec = importlib.util.spec_from_file_location(f"reward_{Path(path).stem}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
-    score = getattr(module, function)
-    return lambda images, prompts: {function: score(images, prompts)}
+    return module
+
+
+def own_reward(module, function_name):
+    """A function of a module, which returns (B,), as a reward, which returns {function_name: (B,)}."""
+    function = getattr(module, function_name)
+    return lambda media, prompts: {function_name: function(media, prompts)}
+
+
+# ---- NAMES OF REWARDS --------------------------------------------------------------------------------------------
+# A name is what --reward takes: base, or base:reading. A label is what the scores are called, in metrics, too.
+#
+#   name                  base              reading        label
+#   hps                   hps                              hps
+#   hps:first_frame       hps               first_frame    hps:first_frame
+#   my/own.py:red:mean    my/own.py:red     mean           red:mean
+LOADERS = {"hps": load_hps, "clip": load_dfn, "pick": load_pickscore, "aesthetic": load_aesthetic}
+IMAGE_REWARDS = (*LOADERS, "jpeg")
+MODELS = (*LOADERS, "videoalign")  # those that --reward_paths can name
+READINGS = ("first_frame", "mean")
 
 
 def split_name(name):
-    """hps:mean -> hps, mean; a name that does not say how to read a video -> itself and an empty string."""
-    base, _, over = name.rpartition(":")
-    return (base, over) if over in ("first_frame", "mean") and not base.endswith(".py") else (name, "")
+    """A name -> its base and its reading, which is empty if the name has none."""
+    base, _, reading = name.rpartition(":")
+    if reading in READINGS and not base.endswith(".py"):  # own.py:mean is a function that is called mean
+        return base, reading
+    return name, ""
+
+
+def label_of(name):
+    base, reading = split_name(name)
+    label = base.rpartition(":")[2]
+    return f"{label}:{reading}" if reading else label
 
 
 def check_reward_names(names, paths=None, num_frames=None):
-    """What `load_rewards` would refuse, found before anything is loaded, downloaded or executed.
+    """Raises the ValueError that `load_rewards` would raise, but loads, downloads and runs nothing. Returns the labels.
 
-    names: as for --reward. paths: {name of a model: folder, file or repository}. num_frames: of what
-    will be scored, 1 for images, if it is known. Returns the names the scores will have. Raises
-    ValueError for an unknown or a double name, for a file that is not there, is not Python or has no
-    such function (it is parsed, not run), for a path that leads nowhere, and for an image reward of a
-    video or a video reward of an image.
+    names: as for --reward. paths: {model: folder, file or repository}. num_frames: of what will be scored, 1 for
+    images, None if unknown. Refused are: an unknown name; two names with one label; a file that does not exist, is not
+    Python or lacks the function (it is parsed, not run); a path that leads nowhere; an image reward of videos without a
+    reading; a video reward of images.
     """
-    labels = []
     for name in names:
-        base, over = split_name(name)
-        path, colon, function = base.rpartition(":")
-        labels.append(function + name.removeprefix(base))
-        if path in IMAGE_REWARDS or name in IMAGE_REWARDS and (num_frames or 1) > 1:
-            image_reward = path or base
-            raise ValueError(f"reward '{name}': of videos, {image_reward}:first_frame or {image_reward}:mean")
-        if base in REWARD_TOKENS and (over or num_frames == 1):
-            raise ValueError(f"reward '{name}': {base} scores whole videos, of 2 frames or more")
-        if base in IMAGE_REWARDS or base in REWARD_TOKENS:
-            continue
-        if not colon:
-            raise ValueError(f"unknown reward '{name}': choose from {ACCEPTED}")
-        if not Path(path).is_file():
-            raise ValueError(f"reward '{name}': there is no file {path}")
-        try:
-            tree = ast.parse(Path(path).read_text(encoding="utf-8"), path)
-        except (SyntaxError, UnicodeDecodeError) as error:
-            raise ValueError(f"reward '{name}': {path} is not Python: {error}") from error
-        defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
-        if function not in defined:
-            functions = ", ".join(defined) or "no function"
-            raise ValueError(f"reward '{name}': {path} defines {functions}, not {function}")
+        base, reading = split_name(name)
+        if base in IMAGE_REWARDS:
+            if not reading and num_frames not in (None, 1):
+                raise ValueError(f"reward '{name}': of videos, {base}:first_frame or {base}:mean")
+        elif base in REWARD_TOKENS:
+            if reading or num_frames == 1:
+                raise ValueError(f"reward '{name}': {base} scores whole videos, of 2 frames or more")
+        else:
+            check_function(name, base)
+    labels = [label_of(name) for name in names]
     if len(set(labels)) < len(labels):
         raise ValueError(f"two rewards of one name: {', '.join(labels)}")
-    for name, path in (paths or {}).items():
-        if name not in PATHS:
-            raise ValueError(f"path for '{name}': only {', '.join(PATHS)} take one")
-        pinned = path in COMMITS or re.fullmatch(r"[\w.-]+/[\w.-]+@\w+", path)
-        if not pinned and not (path and Path(path).exists()):
-            raise ValueError(f"path for '{name}': {path} is not a path, nor owner/name@commit")
-        parts = ("model_config.json", "checkpoint-*/model.*", "checkpoint-*/tokenizer") if name == "videoalign" else ()
-        for part in parts:
-            if not pinned and not [*Path(path).glob(part)]:
-                raise ValueError(f"path for '{name}': {path} is not laid out as VideoAlign, it has no {part}")
+    for model, path in (paths or {}).items():
+        check_path(model, path)
     return labels
 
 
-def load_rewards(names, paths=None, device="cpu", dtype=None, chunk_size=8, file_fps=8.0):
-    """Names as for --reward -> a `Rewards` with frozen models that see `chunk_size` rows at a time.
+def check_function(name, base):
+    """`base` must be path/to/file.py:function."""
+    path, colon, function = base.rpartition(":")
+    if path in IMAGE_REWARDS:
+        raise ValueError(f"reward '{name}': of videos, {path}:first_frame or {path}:mean")
+    if not colon:
+        known = ", ".join((*IMAGE_REWARDS, *REWARD_TOKENS))
+        raise ValueError(f"unknown reward '{name}': choose from {known} or path/to/file.py:function")
+    if not Path(path).is_file():
+        raise ValueError(f"reward '{name}': there is no file {path}")
+    try:
+        tree = ast.parse(Path(path).read_text(encoding="utf-8"), path)
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise ValueError(f"reward '{name}': {path} is not Python: {error}") from error
+    defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    if function not in defined:
+        raise ValueError(f"reward '{name}': {path} defines {', '.join(defined) or 'no function'}, not {function}")
 
-    paths: {name: where to load that model from instead of the original}, for these names or others.
-    dtype: float16 on CUDA (as the authors' autocast; VideoAlign bfloat16), else float32. file_fps: the
-    frames a second that VideoAlign takes a video to have. Raises what `check_reward_names` does, and
-    ValueError for a file that is not the pinned one.
+
+def check_path(model, path):
+    """`path` must be a pinned repository, or lead to something that can hold the model."""
+    if model not in MODELS:
+        raise ValueError(f"path for '{model}': only {', '.join(MODELS)} take one")
+    if path in COMMITS or re.fullmatch(r"[\w.-]+/[\w.-]+@\w+", path):
+        return
+    if not path or not Path(path).exists():
+        raise ValueError(f"path for '{model}': {path} is not a path, nor owner/name@commit")
+    if model == "videoalign":
+        for part in ("model_config.json", "checkpoint-*/model.*", "checkpoint-*/tokenizer"):
+            if not list(Path(path).glob(part)):
+                raise ValueError(f"path for '{model}': {path} is not laid out as VideoAlign, it has no {part}")
+
+
+def load_rewards(names, paths=None, device="cpu", dtype=None, chunk_size=8, file_fps=8.0):
+    """Names as for --reward -> `Rewards`. Their models are frozen and see `chunk_size` samples at a time.
+
+    paths: {model: where to load it from, if not the original}; models that no name uses are not loaded. dtype: by
+    default float16 on CUDA, as the authors' autocast (bfloat16 for VideoAlign), else float32. file_fps: how many
+    frames of a video VideoAlign takes for a second. Raises ValueError as `check_reward_names` does, and for a file that
+    is not the pinned one.
     """
-    labels, paths = check_reward_names(names, paths), paths or {}
+    labels = check_reward_names(names, paths)
+    paths = paths or {}
     if dtype is None:
         dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
-    rewards, loaded = {}, {"jpeg": jpeg}
+    loaded = {"jpeg": jpeg}  # {base: reward}
+    modules = {}  # {path: module}: a file with several rewards runs once
+    rewards = {}
     for label, name in zip(labels, names, strict=True):
-        base, over = split_name(name)
-        if base in REWARD_TOKENS and base not in loaded:  # one for all three
+        base, reading = split_name(name)
+        path, _, function_name = base.rpartition(":")
+        if path and path not in modules:
+            modules[path] = run_file(path)
+        if path:
+            loaded[base] = own_reward(modules[path], function_name)
+        elif base in REWARD_TOKENS and base not in loaded:
             parts = load_videoalign(paths.get("videoalign"), device, dtype)
-            loaded |= dict.fromkeys(REWARD_TOKENS, VideoAlignReward(names, *parts, file_fps, chunk_size))
-        elif base in MODELS and base not in loaded:
-            loaded[base] = MODELS[base](paths.get(base), device, dtype, chunk_size)
-        reward = loaded[base] if base in loaded else load_custom(base)
-        rewards[label] = over_frames(reward, base.rpartition(":")[2], over, label) if over else reward
+            video_reward = VideoAlignReward(names, *parts, file_fps, chunk_size)
+            loaded |= {"vq": video_reward, "mq": video_reward, "ta": video_reward}
+        elif base not in loaded:
+            loaded[base] = LOADERS[base](paths.get(base), device, dtype, chunk_size)
+        rewards[label] = over_frames(loaded[base], label) if reading else loaded[base]
     return Rewards(rewards)
+
+
+# ---- THE COMMAND LINE --------------------------------------------------------------------------------------------
+# args has the values of --reward, --reward_weights, --reward_thresholds, --reward_paths and --eval_reward.
+def watched(args):
+    """The rewards that are evaluated and not trained on."""
+    return [name for name in args.eval_reward if name not in args.reward]
+
+
+def split_paths(pairs):
+    """["hps=tiny/hps", ...] -> {"hps": "tiny/hps", ...}. Raises ValueError for a model with two paths."""
+    paths = {}
+    for pair in pairs:
+        model, _, path = pair.partition("=")
+        if model in paths:
+            raise ValueError(f"two paths for '{model}', it takes one path")
+        paths[model] = path
+    return paths
+
+
+@contextlib.contextmanager
+def blame(flag, words):
+    """Puts the flag and its words in front of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{flag} {' '.join(words)}: {error}") from error
+
+
+def check_reward_flags(args, num_frames=1):
+    """Refuses rewards that cannot work, before anything is loaded, downloaded or run.
+
+    num_frames: of a sample, 1 for images. Raises ValueError with the flag, its value and what would be accepted.
+    """
+    for flag in ("reward_weights", "reward_thresholds"):
+        values = getattr(args, flag)
+        if values is not None and len(values) != len(args.reward):
+            raise ValueError(f"--{flag} {values}: must be {len(args.reward)} values, one for each of {args.reward}")
+    with blame("--reward_paths", args.reward_paths):
+        check_reward_names([], split_paths(args.reward_paths))
+    with blame("--reward", args.reward):
+        check_reward_names(args.reward, num_frames=num_frames)
+    with blame("--eval_reward", args.eval_reward):
+        check_reward_names(args.reward + watched(args), num_frames=num_frames)
+
+
+def load_reward_flags(args, device):
+    """The rewards that are trained on, then the watched ones: `first(len(args.reward))` gives the former."""
+    return load_rewards(args.reward + watched(args), split_paths(args.reward_paths), device)

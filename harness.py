@@ -1,0 +1,680 @@
+"""What every run needs and no paper mentions.
+
+  the command line           types of flags, refusals in one line, prompt files, resume checks
+  prompts and randomness     which prompts an iteration gets, what each random draw depends on
+  pictures and metrics       metrics.jsonl, curve.png, pictures of held-out samples
+  checkpoints                written whole or not at all; a resumed run repeats the unbroken run bit for bit
+  processes and devices      torchrun, FSDP2, LoRA, what is on the GPU and when
+
+Nothing in here is part of the method. The grpo_*.py scripts call these functions; none of them calls a script.
+Slow imports stand inside the functions that need them, so that a mistyped flag is refused at once.
+"""
+
+import argparse
+import atexit
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # silences its advice to install torchvision
+for harmless in (".*local_dir_use_symlinks", "torch.distributed is disabled", "FSDP2-wrapped module"):
+    warnings.filterwarnings("ignore", message=harmless)
+
+HERE = Path(__file__).resolve().parent
+RANK = int(os.environ.get("RANK", 0))  # torchrun sets these three
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+SHOWN = 24  # samples in a picture
+FPS = 8  # frames a second of an animation (authors' scripts)
+
+
+# ---- THE COMMAND LINE ----------------------------------------------------------------------------------------
+def number(kind, low, high):
+    """A type for argparse: an int or a float from low to high. The bounds keep out what float32 cannot compute with."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text}: must be {kind.__name__}, from {low:g} to {high:g}")
+        return value
+
+    return parse
+
+
+count = number(int, 1, 10**9)
+whole = number(int, 0, 10**9)
+finite = number(float, -1e9, 1e9)
+positive = number(float, 1e-9, 1e9)
+not_negative = number(float, 0, 1e9)
+at_least_1 = number(float, 1, 1e9)
+fraction = number(float, 1e-9, 1)
+fraction_below_1 = number(float, 0, 0.999999)
+
+
+def refuse(flag, value, accepted):
+    raise ValueError(f"{flag} {value}: must be {accepted}")
+
+
+def make_parser(doc, presets):
+    """A parser whose errors are one line, printed once on each machine, with exit status 2."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=formatter, allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, "" if LOCAL_RANK else f"{parser.prog}: error: {message}\n")
+    parser.add_argument("--preset", choices=presets, default="tiny", help="a set of defaults; other flags override it")
+    return parser
+
+
+def add_run_flags(parser):
+    """The flags that no method knows: memory, files, intervals."""
+    flag, switch = parser.add_argument, argparse.BooleanOptionalAction
+    # how the network is trained
+    flag("--mixed_precision", choices=["no", "bf16"], default="no", help="bf16: autocast; trained weights stay in fp32")
+    flag("--gradient_checkpointing", action=switch, default=False, help="recompute activations in the backward pass")
+    flag("--compile", action=switch, default=False, help="torch.compile each of the repeated blocks")
+    flag("--rank", type=whole, default=0, help="LoRA rank; 0 trains every weight of the denoiser")
+    flag("--lora_alpha", type=whole, default=0, help="scale of the LoRA: lora_alpha / rank")
+    flag("--ema_decay", type=fraction_below_1, default=0.0, help="of the average, evaluated and exported; 0: none")
+    # the run
+    flag("--prompts", metavar="FILE", help="training: .txt, .jsonl with 'prompt', or hf://datasets/OWNER/NAME/FILE")
+    flag("--eval_prompts", metavar="FILE", help="held-out prompts; without them nothing is evaluated")
+    flag("--eval_samples", type=count, default=1, help="samples for each held-out prompt")
+    flag("--validation_steps", type=count, default=20, help="iterations between evaluations")
+    flag("--max_train_steps", type=count, help="iterations")
+    flag("--seed", type=whole, default=0, help="of prompts, noise, windows, transitions and a LoRA's first weights")
+    flag("--output_dir", help="default: outputs/SCRIPT-PRESET-TIME")
+    flag("--checkpointing_steps", type=count, default=40, help="iterations between checkpoints (script of FLUX)")
+    flag("--checkpoints_total_limit", type=count, default=2, help="older checkpoints are deleted")
+    flag("--resume_from_checkpoint", metavar="CHECKPOINT", help="'latest', in --output_dir, or a checkpoint folder")
+    flag("--report_to", choices=["none", "tensorboard", "wandb"], default="none", help="besides metrics.jsonl")
+
+
+def parse(parser, argv, *checks):
+    """The arguments. Each check raises a ValueError to refuse them, before any model loads."""
+    args = parser.parse_args(argv)
+    try:
+        for check in checks:
+            check(args)
+    except ValueError as error:
+        parser.error(one_line(error))
+    return args
+
+
+def one_line(error):
+    return " ".join(str(error).split())
+
+
+def check_run(args):
+    """Refuses what add_run_flags accepts but no run can use. Finds the folder of the run."""
+    if args.preset != "tiny" and not torch.cuda.is_available():
+        refuse("--preset", args.preset, "tiny: the other presets need a GPU")
+    if (args.lora_alpha > 0) != (args.rank > 0):
+        refuse("--lora_alpha", args.lora_alpha, "above 0 with --rank, 0 without it")
+    if args.report_to != "none" and not find_spec(args.report_to):
+        refuse("--report_to", args.report_to, "an installed package")
+    if args.prompts is None:
+        refuse("--prompts", None, "a file of prompts, .txt or .jsonl: this preset has none")
+    read_prompts("--prompts", args.prompts)
+    if args.eval_prompts is not None:
+        read_prompts("--eval_prompts", args.eval_prompts)
+    if args.resume_from_checkpoint is not None:
+        check_resume(args)
+    elif args.output_dir is None:
+        args.output_dir = f"outputs/{Path(sys.argv[0]).stem}-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    elif not args.output_dir or any(p.is_file() for p in (Path(args.output_dir), *Path(args.output_dir).parents)):
+        refuse("--output_dir", args.output_dir, "a folder, or a path where one can be made")
+    elif Path(args.output_dir, "args.json").exists():
+        refuse("--output_dir", args.output_dir, "a new folder: this one holds a run (--resume_from_checkpoint latest)")
+
+
+# A resumed run may change these flags. Any other change would make it another run.
+MAY_CHANGE = ["output_dir", "resume_from_checkpoint", "max_train_steps", "report_to"]
+MAY_CHANGE += ["checkpointing_steps", "checkpoints_total_limit"]
+
+
+def check_resume(args):
+    """Finds the checkpoint to continue from. Refuses a checkpoint of a run with other settings."""
+    flag, checkpoint = "--resume_from_checkpoint", Path(args.resume_from_checkpoint)
+    if args.resume_from_checkpoint == "latest":
+        checkpoint = max(Path(args.output_dir or "", "checkpoints").glob("step_??????"), default=checkpoint)
+    if not re.fullmatch(r"step_\d{6}", checkpoint.name) or not (checkpoint / "training_state").exists():
+        refuse(flag, checkpoint, "a checkpoint's folder, or 'latest' with the --output_dir of a run that has one")
+    folder = checkpoint.resolve().parents[1]
+    if args.output_dir is not None and Path(args.output_dir).resolve() != folder:
+        refuse("--output_dir", args.output_dir, f"{folder}, the folder of the run that is continued")
+    try:
+        before = json.loads((folder / "args.json").read_text())["args"]
+    except (OSError, ValueError, KeyError) as error:
+        refuse(flag, checkpoint, f"in a run's folder, with a whole args.json ({error!r})")
+    for name, value in vars(args).items():
+        if name not in MAY_CHANGE and before.get(name) != value:
+            refuse(f"--{name}", value, f"{before.get(name)}, as in the run that is continued")
+    args.output_dir = str(folder)
+    args.resume_from_checkpoint = str(checkpoint)
+
+
+def read_prompts(flag, path):
+    """The prompts of a file, or of all .txt files of a folder, in order. Raises ValueError where there are none."""
+    address = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", path)
+    if path.startswith("hf://") and not address:
+        refuse(flag, path, "hf://datasets/OWNER/NAME/FILE, or .../NAME@REVISION/FILE")
+    files = sorted(Path(path).glob("*.txt")) if Path(path).is_dir() else [Path(path)]
+    if not all(file.suffix in (".txt", ".jsonl") for file in files):
+        refuse(flag, path, "a .txt with a prompt in each line, or a .jsonl of objects with 'prompt'")
+    try:
+        if address:
+            files = [Path(download(address[1], address[3], repo_type="dataset", revision=address[2]))]
+        lines = [line.strip() for file in files for line in file.read_text("utf-8-sig").split("\n") if line.strip()]
+        prompts = [json.loads(line)["prompt"] for line in lines] if path.endswith(".jsonl") else lines
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        refuse(flag, path, f"a UTF-8 file of prompts, .txt or .jsonl ({type(error).__name__}: {error})")
+    if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+        refuse(flag, path, "a file with at least one prompt, and no empty one")
+    return prompts
+
+
+def download(repository, file, **how):
+    from huggingface_hub import hf_hub_download
+
+    return hf_hub_download(repository, file, **how)
+
+
+def read_config(flag, model, file, *classes):
+    """The config `file` of a model in a folder or on the Hub. Refuses a class that is not among `classes`, if given."""
+    from huggingface_hub.errors import GatedRepoError
+
+    try:
+        path = Path(model, file) if Path(model).is_dir() else Path(download(model, file))
+        config = json.loads(path.read_text())
+        found = config["_class_name"]
+    except GatedRepoError:
+        refuse(flag, model, f"open to you: accept its licence on https://huggingface.co/{model}, then `hf auth login`")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        refuse(flag, model, f"in diffusers' layout, a folder or on the Hub: no {file} ({type(error).__name__})")
+    if classes and found not in classes:
+        refuse(flag, model, f"a {' or '.join(classes)}, not a {found}")
+    return config
+
+
+def check_size(args, multiple):
+    for flag in ("height", "width"):
+        if getattr(args, flag) % multiple:
+            refuse(f"--{flag}", getattr(args, flag), f"a multiple of {multiple}")
+
+
+def check_memory(args, config, lora_targets):
+    """Refuses a network whose weights, gradients and AdamW moments alone do not fit the GPUs."""
+    if not torch.cuda.is_available():
+        return
+    import diffusers
+
+    with torch.device("meta"):  # shapes without memory
+        policy = getattr(diffusers, config["_class_name"]).from_config(config)
+        add_lora(policy, args, lora_targets)
+    total = sum(p.numel() for p in policy.parameters())
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    # A trained weight is four numbers in fp32: itself, its gradient, two moments. An average is a fifth.
+    need = trained * (20 if args.ema_decay else 16) + (total - trained) * (2 if args.mixed_precision == "bf16" else 4)
+    have = torch.cuda.get_device_properties(0).total_memory
+    if need > WORLD * have:
+        accepted = f"above 0 (a LoRA), or torchrun must have more GPUs than {WORLD} x {have / 2**30:.0f} GiB: training"
+        size = f"{trained / 1e9:.2f} of {total / 1e9:.2f} billion weights takes {need / 2**30:.0f} GiB"
+        refuse("--rank", args.rank, f"{accepted} {size}")
+
+
+# ---- PROMPTS AND RANDOMNESS ----------------------------------------------------------------------------------
+def seeded(*key):
+    """A generator that depends on `key` alone. All randomness is a function of (seed, iteration, row): a run can
+    continue from an iteration's number, and neither the device nor the micro-batch changes what is drawn."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "little"))
+
+
+def prompts_of_step(prompts, step, count, seed):
+    """`count` prompts for an iteration. All prompts are shuffled anew in each epoch."""
+    first = step * count // len(prompts)  # epoch
+    last = ((step + 1) * count - 1) // len(prompts)
+    order = [torch.randperm(len(prompts), generator=seeded(seed, "epoch", epoch)) for epoch in range(first, last + 1)]
+    start = step * count - first * len(prompts)
+    return [prompts[i] for i in torch.cat(order)[start : start + count]]
+
+
+# ---- PICTURES AND METRICS ------------------------------------------------------------------------------------
+def say(line):
+    if RANK == 0:
+        tqdm.write(line)
+
+
+def record(run, metrics):
+    """Appends one line to metrics.jsonl. From here on the iteration counts as done."""
+    run.step = metrics["step"]
+    if RANK > 0:
+        return
+    with open(run.folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(metrics) + "\n")
+    if run.args.report_to == "tensorboard":
+        for key, value in metrics.items():
+            run.tracker.add_scalar(key, value, run.step)
+    if run.args.report_to == "wandb":
+        run.tracker.log(metrics)
+    scores = [f"{key} {value:.4f}" for key, value in metrics.items() if key.startswith("eval/")]
+    if scores:
+        say(f"iteration {run.step:3d}  " + "  ".join(scores))
+
+
+def draw_samples(samples, prompts, step, path):
+    """Draws at most SHOWN samples under their prompts: images (b, 3, H, W) as path.png, videos (b, F, 3, H, W) as the
+    animation path.webp."""
+    import matplotlib.pyplot as plt
+    import numpy as np
+    from PIL import Image
+
+    videos = (samples if samples.ndim == 5 else samples[:, None]).permute(0, 1, 3, 4, 2).numpy()
+    dpi = 100 if videos.shape[1] > 1 else max(100, 0.7 * videos.shape[3])  # images at their own size
+    figure, axes = plt.subplots(3, 8, figsize=(12, 6.2), layout="constrained", dpi=dpi)
+    figure.suptitle(f"held-out prompts, iteration {step}")
+    for axis in axes.flat:
+        axis.axis("off")
+    cells = [axis.imshow(video[0]) for axis, video in zip(axes.flat, videos)]
+    for axis, prompt in zip(axes.flat, prompts):
+        axis.set_title("\n".join(textwrap.wrap(prompt, 22)[:3]), fontsize=8)
+    frames = []
+    for number in range(videos.shape[1]):
+        for cell, video in zip(cells, videos):
+            cell.set_data(video[number])
+        figure.canvas.draw()
+        frames.append(Image.fromarray(np.array(figure.canvas.buffer_rgba())).convert("RGB"))
+    plt.close(figure)
+    if len(frames) == 1:
+        frames[0].save(path.with_suffix(".png"))
+    else:
+        path = path.with_suffix(".webp")
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 // FPS, loop=0)
+
+
+def draw_curves(folder):
+    """curve.png: each reward against the iteration, on training prompts (SDE) and on held-out prompts (ODE)."""
+    import matplotlib.pyplot as plt
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    names = list(dict.fromkeys(k.split("/")[1] for line in lines for k in line if k.startswith(("reward/", "eval/"))))
+    figure, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 3), squeeze=False, layout="constrained")
+    for name, axis in zip(names, axes[0]):
+        for key, label in ((f"reward/{name}", "training prompts, SDE"), (f"eval/{name}", "held-out prompts, ODE")):
+            points = [(line["step"], line[key]) for line in lines if key in line]
+            axis.plot(*zip(*points or [(0, math.nan)]), ".-", label=label)
+        axis.set(title=name, xlabel="iteration")
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8)
+    figure.savefig(folder / "curve.png")
+    plt.close(figure)
+
+
+# ---- CHECKPOINTS ---------------------------------------------------------------------------------------------
+def iterations(run):
+    """The numbers of the iterations that remain. Ends early once a signal has reached any process."""
+    steps = range(run.step, run.args.max_train_steps)
+    for step in tqdm(steps, "iteration", initial=run.step, total=run.args.max_train_steps, disable=RANK > 0):
+        yield step
+        run.stopped = bool(everyone([run.signalled], run.device).any())
+        if run.stopped:
+            return
+
+
+@contextlib.contextmanager
+def keep_last_iteration(run):
+    """Whatever ends the loop inside, the last whole iteration is saved. A first SIGINT or SIGTERM lets the iteration
+    under way finish; a second one does not wait."""
+
+    def ask_to_stop(number, frame):
+        run.signalled = True
+        signal.signal(number, signal.SIG_DFL)
+
+    handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    failed = True
+    try:
+        yield
+        failed = False
+    except torch.OutOfMemoryError as error:
+        raise RuntimeError(
+            "the GPU's memory is full: try a smaller --train_batch_size, --gradient_checkpointing, a smaller size, "
+            "a LoRA, or torchrun on more GPUs, in a new run"
+        ) from error
+    finally:
+        alone = WORLD == 1 or not failed  # a process that fails has nobody to save its shards with
+        if alone and run.consistent and run.step > run.saved:
+            save_checkpoint(run)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def training_state(run):
+    """All tensors that an iteration depends on: parameters, AdamW's moments, the average."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    get_optimizer_state_dict(run.models.policy, run.optimizer)  # makes the moments if there are none yet
+    state = {}
+    for name, parameter in run.trained.items():
+        state[f"parameters.{name}"] = parameter.detach()
+        for key, value in run.optimizer.state[parameter].items():
+            state[f"optimizer.{name}.{key}"] = value
+    if run.ema:
+        for name, average in zip(run.trained, run.ema.shadow_params):
+            state[f"ema.{name}"] = average
+    return state
+
+
+def save_checkpoint(run):
+    """Writes checkpoints/step_<step>, whole or not at all. All processes call it: each writes its shards of the
+    training state, and the first one writes what diffusers loads. Deletes the oldest checkpoints beyond the limit, and
+    later ones, which are left where a run goes on from an older checkpoint."""
+    import torch.distributed.checkpoint as dcp
+
+    folder = run.folder / f"checkpoints/step_{run.step:06d}"
+    part = folder.with_suffix(".part")
+    if RANK == 0:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    wait(run.device)
+    state = training_state(run)
+    file_numbers = {name: 1 + i // 64 for i, name in enumerate(state)}  # a file is in memory twice while it is written
+    writer = dcp.HuggingFaceStorageWriter(str(part / "training_state"), file_numbers, save_distributed=True)
+    dcp.save(state, storage_writer=writer, no_dist=WORLD == 1)
+    with averaged_weights(run):
+        save_policy(run, part)
+    if RANK == 0:
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was resumed from an older checkpoint
+        part.rename(folder)
+        older = [path for path in sorted(folder.parent.glob("step_??????")) if path < folder]
+        later = [path for path in folder.parent.glob("step_??????") if path > folder]
+        for path in later + older[: max(0, len(older) + 1 - run.args.checkpoints_total_limit)]:
+            shutil.rmtree(path)
+    run.saved = run.step
+    wait(run.device)
+
+
+def save_policy(run, folder):
+    """Writes what diffusers loads back: `from_pretrained(folder / part)`, or `load_lora_weights(folder)`."""
+    policy = run.models.policy
+    weights = {}
+    for name, tensor in policy.state_dict().items():  # with persistent buffers
+        if name in run.trained or not run.args.rank:
+            full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # one at a time fits a device
+            if RANK == 0:
+                weights[name] = full.detach().cpu()
+    if RANK > 0:
+        return
+    if run.args.rank:
+        from peft.utils import get_peft_model_state_dict
+
+        # Without the config, which holds lora_alpha, the LoRA would be loaded at scale 1.
+        config = policy.peft_config["default"].to_dict()
+        layers = {f"{run.part}_lora_layers": get_peft_model_state_dict(policy, weights)}
+        run.models.pipe.save_lora_weights(folder, **layers, **{f"{run.part}_lora_adapter_metadata": config})
+    else:
+        with torch.device("meta"):
+            copy = run.policy_class.from_config(policy.config)
+        copy.load_state_dict(weights, assign=True)
+        copy.save_pretrained(folder / run.part)
+
+
+def load_checkpoint(run):
+    """Restores all that an iteration depends on, and cuts from metrics.jsonl what came after the checkpoint."""
+    import torch.distributed.checkpoint as dcp
+
+    checkpoint = Path(run.args.resume_from_checkpoint)
+    run.step = run.saved = int(checkpoint.name.removeprefix("step_"))
+    with torch.no_grad():
+        reader = dcp.HuggingFaceStorageReader(str(checkpoint / "training_state"))
+        dcp.load(training_state(run), storage_reader=reader, no_dist=WORLD == 1)  # into the tensors themselves
+    if run.ema:
+        run.ema.optimization_step = run.step * run.args.num_updates
+    metrics = run.folder / "metrics.jsonl"
+    if RANK == 0:
+        lines = [line for line in metrics.read_text().splitlines(True) if line.endswith("\n")]  # the last may be torn
+        metrics.with_suffix(".part").write_text("".join(line for line in lines if json.loads(line)["step"] <= run.step))
+        metrics.with_suffix(".part").replace(metrics)
+
+
+@contextlib.contextmanager
+def averaged_weights(run):
+    """Inside, the network has the average of its weights, where --ema_decay keeps one."""
+    if run.ema:
+        run.ema.store(run.parameters)
+        run.ema.copy_to(run.parameters)
+    try:
+        yield
+    finally:
+        if run.ema:
+            run.ema.restore(run.parameters)
+
+
+def conditions(run, prompts):
+    """What run.encode says of each prompt: {name: (n, ...)} on the CPU, computed once and kept with the run.
+    Prompts are encoded one at a time, since kernels round the rows of a batch by the size of the batch."""
+    from safetensors.torch import load_file, save_file
+
+    folder = run.folder / "conditions"
+    files = {}
+    for prompt in prompts:
+        key = repr((prompt, run.args.pretrained_model_name_or_path)).encode()
+        files[prompt] = folder / f"{hashlib.sha256(key).hexdigest()[:24]}.safetensors"
+    missing = [prompt for prompt, file in files.items() if not file.exists()]
+    if missing:
+        folder.mkdir(exist_ok=True)
+        with on_device(run.device, [*run.models.encoders, run.models.vae]):
+            for prompt in missing:
+                part = files[prompt].with_suffix(f".{RANK}")
+                save_file({name: value.cpu().contiguous() for name, value in run.encode([prompt]).items()}, part)
+                part.rename(files[prompt])  # whole or not at all
+    loaded = {prompt: load_file(file) for prompt, file in files.items()}
+    return {name: torch.cat([loaded[prompt][name] for prompt in prompts]) for name in loaded[prompts[0]]}
+
+
+# ---- PROCESSES AND DEVICES -----------------------------------------------------------------------------------
+def start_run(args):
+    """Joins the processes that torchrun started. Returns the run: its folder, device, prompts and counters."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", LOCAL_RANK)
+        torch.cuda.set_device(device)
+    if WORLD > 1 and not dist.is_initialized():
+        patience = timedelta(hours=2)  # while the first process writes the export, or downloads
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+    if WORLD > 1:  # the default folder is named by the time, which each process reads for itself
+        names = [args.output_dir]
+        dist.broadcast_object_list(names)
+        args.output_dir = names[0]
+    return SimpleNamespace(
+        args=args, device=device, folder=Path(args.output_dir),
+        prompts=read_prompts("--prompts", args.prompts),
+        eval_prompts=read_prompts("--eval_prompts", args.eval_prompts) if args.eval_prompts else [],
+        step=0, saved=0,  # iterations that are done, and that are in a checkpoint
+        consistent=True,  # False while only a part of an iteration's updates is done
+        signalled=False, stopped=False,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def loading():
+    """Weights that are missing, that may not be had, or that are not the pinned ones end the program with one line."""
+    import diffusers
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()  # it would print each long prompt
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {type(error).__name__}: {one_line(error)}")
+
+
+def add_lora(policy, args, targets):
+    """A LoRA of `rank` on the `targets`, the rest frozen. Without a rank every weight is trained."""
+    policy.requires_grad_(not args.rank)
+    if args.rank:
+        from peft import LoraConfig
+
+        policy.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, target_modules=targets))
+
+
+def prepare_policy(run, part, lora_targets):
+    """Makes run.models.policy, the `part` of the pipeline, ready to be trained: LoRA, device, precision and shards.
+    What is trained is in fp32. Of several processes each holds a shard of each block (FSDP2)."""
+    from diffusers.training_utils import EMAModel
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    args = run.args
+    policy = run.models.policy
+    run.part = part
+    run.policy_class = type(policy)  # FSDP2 replaces the class
+    for network in (policy, run.models.vae, *run.models.encoders):
+        network.requires_grad_(False).eval()  # dropout would make the ratio differ from 1
+    torch.manual_seed(args.seed)  # a LoRA's first weights are random
+    add_lora(policy, args, lora_targets)
+    if args.gradient_checkpointing:
+        policy.enable_gradient_checkpointing()
+    if args.compile:
+        policy.compile_repeated_blocks()
+    precision = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if args.mixed_precision == "bf16" else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # autocast casts them, and leaves the timestep in fp32
+    )
+    blocks = [module for module in policy.modules() if type(module).__name__ in (policy._no_split_modules or [])]
+    for module in (*reversed(blocks), policy):  # inner blocks first: a CPU never holds the whole network in fp32
+        for parameter in module.parameters():
+            if parameter.requires_grad and parameter.dtype != torch.float32:
+                parameter.data = parameter.data.float()
+        if WORLD > 1:
+            # Resharded also at the root: else a rollout after an evaluation would use the averaged weights.
+            fully_shard(module, reshard_after_forward=True, mp_policy=precision)
+        else:
+            module.to(run.device)
+    run.trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    run.parameters = list(run.trained.values())
+    run.ema = EMAModel(run.parameters, decay=args.ema_decay) if args.ema_decay else None
+
+
+def open_folder(run):
+    """Makes the folder of the run and writes args.json, or loads the checkpoint to continue from."""
+    (run.folder / "samples").mkdir(parents=True, exist_ok=True)
+    if run.args.report_to == "tensorboard" and RANK == 0:
+        from torch.utils.tensorboard import SummaryWriter
+
+        run.tracker = SummaryWriter(run.folder)
+    if run.args.report_to == "wandb" and RANK == 0:
+        import wandb
+
+        run.tracker = wandb.init(dir=run.folder, config=vars(run.args))
+    if run.args.resume_from_checkpoint:
+        load_checkpoint(run)
+    elif RANK == 0:
+        import diffusers
+        import transformers
+
+        commit = ""
+        if shutil.which("git"):
+            command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+            commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        versions = {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}
+        written = {"args": vars(run.args), "commit": commit or None, "python": sys.version} | versions
+        (run.folder / "args.json").write_text(json.dumps(written, indent=1))
+    say(f"preset       {run.args.preset}\nmodel        {run.args.pretrained_model_name_or_path} on {run.device}, "
+        f"{WORLD} processes\ntrained      {sum(p.numel() for p in run.parameters):,} parameters of "
+        f"{run.policy_class.__name__}\noutput       {run.folder}")  # fmt: skip
+
+
+def finish(run):
+    """Draws the curves, says where everything is, and leaves the other processes."""
+    wait(run.device)
+    if RANK == 0:
+        draw_curves(run.folder)
+        ended = "stopped" if run.stopped else "finished"
+        print(f"{ended} after iteration {run.step}: see {run.folder}/curve.png and samples")
+    if WORLD > 1:
+        wait(run.device)
+        dist.destroy_process_group()
+
+
+def leave():
+    """Ends the program. One of several processes skips the interpreter's last clean-up: a thread of gloo that still
+    holds a tensor would abort it."""
+    if WORLD > 1:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def everyone(values, device):
+    """Numbers (n,) of each process -> (WORLD, n), those of all processes, in float64."""
+    values = torch.as_tensor(values, dtype=torch.float64, device=device)
+    if WORLD == 1:
+        return values[None]
+    parts = [torch.empty_like(values) for _ in range(WORLD)]
+    dist.all_gather(parts, values)
+    return torch.stack(parts)
+
+
+def wait(device):
+    """Until all processes are here. Reading the sum on the CPU is what waits: NCCL alone holds up only the GPU."""
+    float(everyone([0.0], device).sum())
+
+
+def share(total):
+    """This process's rows of `total`: every WORLD-th. The last ones may wrap around: all processes get as many."""
+    return torch.arange(math.ceil(total / WORLD) * WORLD)[RANK::WORLD] % total
+
+
+def unshare(values, total, device):
+    """The values (n,) of each process's share, as one (total,) in the order of the rows."""
+    return everyone(values, device).T.flatten()[:total]
+
+
+def clip_gradients(parameters, max_norm):
+    """Scales the gradients of all processes together to at most this norm. Returns the norm before, a float."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+def as_in_training(run):
+    """The grad mode of the old policy's passes. On a GPU, and in compiled blocks, a pass that wants gradients may take
+    another kernel with another rounding. The rollout must round as the update does, so there it asks for gradients
+    too. An eager network on a CPU has one kernel for both."""
+    return torch.set_grad_enabled(run.args.compile or run.device.type == "cuda")
+
+
+@contextlib.contextmanager
+def on_device(device, parts):
+    """Inside, these networks are on the device; then they are back where they were. Nothing is copied back: weights
+    that from_pretrained maps from a file stay one memory for all processes."""
+    tensors = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
+    homes = [tensor.data for tensor in tensors]
+    for tensor in tensors:
+        tensor.data = tensor.data.to(device)
+    try:
+        yield
+    finally:
+        for tensor, home in zip(tensors, homes):
+            tensor.data = home
