@@ -111,7 +111,7 @@ def draw(axes, title, trajectory, exact):
     beside.plot(log_density(exact, grid).exp(), grid, "black", linewidth=1.2, label="exact")
     if exact is TILTED:
         beside.plot(log_density(DATA, grid).exp(), grid, "black", linewidth=1, linestyle=":", label="before")
-    beside.legend(loc="upper right", fontsize=8, frameon=False)
+    beside.legend(loc="lower right", fontsize=8, frameon=False)
 
 
 def main(path):

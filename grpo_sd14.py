@@ -103,7 +103,7 @@ def parse_args(argv=None):
     flag("--adam_weight_decay", type=not_negative, default=1e-4, help="(script)")
     flag("--max_grad_norm", type=positive, default=1.0, help="(Table 6)")
     harness.add_run_flags(parser)
-    parser.set_defaults(eta_schedule="constant")  # by sde.py (23) Flow-GRPO's schedule is a constant eta of DDIM
+    parser.set_defaults(eta_schedule="constant")  # by sde.py (21) Flow-GRPO's schedule is a constant eta of DDIM
     parser.set_defaults(**PRESETS[parser.parse_known_args(argv)[0].preset])
     return harness.parse(parser, argv, check_args, harness.check_run, check_model)
 
