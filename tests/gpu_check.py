@@ -1,16 +1,16 @@
 """Real sizes on one GPU, with random weights: time, memory, arithmetic, and whether the ratio is 1.
 
-    python tests/gpu_check.py [CASE ...]        all cases without a name, each in a process of its own
-    python tests/gpu_check.py --tiny [CASE ...] the same lines at the tiny models' sizes, as the tests run them on a CPU
+    python tests/gpu_check.py [CASE ...]         all cases if none is named, each in its own process
+    python tests/gpu_check.py --tiny [CASE ...]  at the tiny models' sizes; the tests run this on a CPU
 
 A case is one iteration of a script on the samples of one prompt, with the flags of its row in CASES, after one forward
 and backward pass to warm up. Nothing is downloaded: networks are built from the real configs (tests/real_models.py)
 with random weights, conditions are random, and the reward is the mean of the pixels, which takes no time.
 
-seconds        of the iteration; in it, of the network in rollout, of the decoder, and of the update
-of_matmul      model FLOP/s as a share of the bf16 matmul rate, measured first: in rollout, without the decoder, and in
-               the update. A forward pass counts once; so does the way of the gradient back through the activations,
-               and, where the weights themselves are trained, its way to them. What is recomputed does not count.
+seconds        of the iteration, and of its parts: the network in the rollout, the decoder, the update
+of_matmul      the network's FLOP/s as a share of the bf16 matmul rate, which is measured first; for the rollout without
+               the decoder, and for the update. A pass forward counts 1. The gradient of the activations counts 1, and
+               so does the gradient of the weights where they are trained. Recomputed passes do not count.
 peak_gib       allocated on the GPU
 gain           samples a second of a row / of the row of the same network and size at micro-batch 1, the authors' way
 """
@@ -31,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import harness  # noqa: E402
 import real_models  # noqa: E402
 
 LORA = "--preset lora --prompts_per_step 1 --num_updates 1 --num_generations 4"
@@ -39,7 +40,6 @@ CASES = {
     **{f"flux-{size}-lora-b{b}{kind}": (
         "grpo_flux", f"{LORA} --height {size} --width {size} --train_batch_size {b} {flag}")
        for size in (720, 1024) for kind, flag in (("", ""), ("-compile", "--compile")) for b in (1, 2, 4)},
-    "flux-720-full-8bit": ("grpo_flux", f"{FULL} --train_batch_size 2 --adam_8bit"),
     **{f"sd14-512-full-b{b}": ("grpo_sd14", f"{FULL} --train_batch_size {b}") for b in (1, 4)},
     "hunyuan-480x480x53-lora": ("grpo_hunyuan_video", f"{LORA} --best_of_n 0"),
     "skyreel-400x640x53-lora": ("grpo_skyreel_i2v", LORA),
@@ -62,14 +62,14 @@ def random_zone(module, name, tiny):
         if hasattr(args, "num_frames"):
             pipe.vae.enable_tiling()
         parts = {"policy": parts[module.PART], "vae": pipe.vae, "encoders": []}
-        return SimpleNamespace(pipe=pipe, device=device, args=args, **parts)
+        return SimpleNamespace(pipe=pipe, device=device, **parts)
 
-    def encode_prompts(models, prompts):
+    def encode_prompts(models, args, prompts):
         shapes = real_models.conditions_of(name, models.policy.config)
         cond = {k: torch.randn(len(prompts), *shape, dtype=torch.bfloat16) for k, shape in shapes.items()}
         cond = {k: torch.ones_like(v) if "mask" in k else v for k, v in cond.items()}
         if name == "grpo_skyreel_i2v":
-            channels, _, *size = module.init_latents(models, models.args, [module.seeded(0)])[0].shape
+            channels, _, *size = module.init_latents(models, args, [harness.seeded(0)])[0].shape
             cond["image_latents"] = torch.randn(len(prompts), channels, 1, *size)
         return cond
 
@@ -112,18 +112,18 @@ def check(case, tiny, folder):
         words += ["--first_frame_model", str(real_models.TINY / "flux")]
     random_zone(module, name, tiny)
     run = module.make_run(module.parse_args(words))
-    models, args, device = run.models, run.args, run.models.device
+    models, args, device = run.models, run.args, run.device
 
     # The FLOPs of one row's forward pass; then a forward and a backward pass to warm up, and to compile.
     size = min(args.train_batch_size, args.num_generations)
-    latents = module.init_latents(models, args, [module.seeded(i) for i in range(size)])
-    said = module.conditions(run, run.prompts[:1])
+    latents = module.init_latents(models, args, [harness.seeded(i) for i in range(size)])
+    said = harness.conditions(run, run.prompts[:1])
     cond = {k: v.expand(size, *v.shape[1:]).to(device) for k, v in said.items()}
     level = module.schedule(args).tolist()[1]
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-        module.predict(models, args, latents, level, cond)
+        module.predict(models.policy, args, latents, level, cond)
     flops = counter.get_total_flops() / size
-    module.predict(models, args, latents, level, cond).sum().backward()
+    module.predict(models.policy, args, latents, level, cond).sum().backward()
     run.optimizer.zero_grad()
 
     spent = dict.fromkeys(("predict", "decode"), 0.0)

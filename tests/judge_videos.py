@@ -2,12 +2,12 @@
 
     python tests/judge_videos.py outputs/RUN
 
-RUN is the folder of a run of grpo_hunyuan_video.py or grpo_skyreel_i2v.py that has a checkpoint, trained without
---rank. The videos are those that its evaluations draw, by the denoiser it started from and by the one it trained.
+RUN is the folder of a run of grpo_hunyuan_video.py or grpo_skyreel_i2v.py. It must have a checkpoint and no LoRA. The
+videos are those of its evaluations, drawn by the base model and by the trained one.
 
-Of SkyReels also: mean absolute errors, of values in [0, 1], of the videos' first frames against the images that they
-were to go on from; of the autoencoder alone (no video can be nearer but by chance); and of the image of another
-prompt (what no match at all would give).
+SkyReels continues a given image. For it three mean absolute errors are printed, of values in [0, 1]: the videos' first
+frames against the given images; the autoencoder's copies of these images, which is the best one can expect; and the
+images of other prompts, which is what no match at all would give.
 """
 
 import json
@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import grpo_hunyuan_video  # noqa: E402
 import grpo_skyreel_i2v  # noqa: E402
+import harness  # noqa: E402
 from rewards import load_rewards  # noqa: E402
 
 JUDGES = ("video_correct", "moves_right_way", "constant", "sharp", "well_drawn", "smooth")
@@ -33,16 +34,18 @@ def seen_in(script, args, weights=None):
     models = script.load_models(args, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if weights:
         models.policy.load_state_dict(type(models.policy).from_pretrained(weights).state_dict())
-    prompts = [p for p in script.read_prompts("--eval_prompts", args.eval_prompts) for _ in range(args.eval_samples)]
-    judge, seen = load_rewards(JUDGES, {}, models.device), {}
+    run = Namespace(args=args, models=models, device=models.device)
+    prompts = [p for p in harness.read_prompts("--eval_prompts", args.eval_prompts) for _ in range(args.eval_samples)]
+    judge = load_rewards(JUDGES, {}, models.device)
+    seen = {}
     for rows in torch.arange(len(prompts)).split(args.train_batch_size):
-        words = [prompts[i] for i in rows]
-        latents = script.init_latents(models, args, [script.seeded("eval", int(i)) for i in rows])
-        cond = script.encode_prompts(models, words)
-        videos = script.rollout(models, args, cond, latents, [0.0] * args.num_inference_steps)[2]
-        part = judge(videos, words)
+        batch_prompts = [prompts[i] for i in rows]
+        latents = script.init_latents(models, args, [harness.seeded("eval", int(i)) for i in rows])
+        cond = script.encode_prompts(models, args, batch_prompts)
+        videos = script.rollout(run, latents, cond, [0.0] * args.num_inference_steps)[2]
+        part = judge(videos, batch_prompts)
         if script is grpo_skyreel_i2v:
-            images = script.first_frames(models, args, words).to(models.device)[:, :, 0] / 2 + 0.5
+            images = script.first_frames(models, args, batch_prompts).to(models.device)[:, :, 0] / 2 + 0.5
             decoded = script.decode(models, Namespace(num_frames=1), cond["image_latents"])
             frames = (videos[:, 0], decoded, images.roll(args.eval_samples, 0))
             for name, frame in zip(("first frame", "autoencoder", "another image"), frames):
