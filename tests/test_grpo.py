@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import grpo_flux as g
+import harness
 
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
@@ -90,7 +91,7 @@ def files(tmp_path_factory):
     """A folder with rewards.py and three held-out prompts."""
     folder = tmp_path_factory.mktemp("files")
     (folder / "rewards.py").write_text(REWARDS)
-    prompts = (g.HERE / "tiny/prompts_heldout.txt").read_text().splitlines()
+    prompts = (harness.HERE / "tiny/prompts_heldout.txt").read_text().splitlines()
     (folder / "heldout.txt").write_text("\n".join(prompts[:3]))
     return folder
 
@@ -132,16 +133,16 @@ def watch(monkeypatch):
     def start(run, frozen=False):
         log = SimpleNamespace(trajectories=[], samples=[], drawn=[], scored=[], gradients=[], weights=[])
         log.scores, log.prompts = [], []
-        reward, optimizer_step = run.reward, run.optimizer.step
+        reward, optimizer_step = run.rewards, run.optimizer.step
 
-        def watched_rollout(*args):
-            trajectory, log_probs, samples = rollout(*args)
+        def watched_rollout(*words):
+            trajectory, log_probs, samples = rollout(*words)
             log.trajectories.append(trajectory)
             log.samples.append(samples)
             return trajectory, log_probs, samples
 
-        def watched_step(output, latents, level, next_level, eta, next_latents=None, generator=None):
-            step = policy_step(output, latents, level, next_level, eta, next_latents, generator)
+        def watched_step(args, output, latents, level, next_level, eta, next_latents=None, generator=None):
+            step = policy_step(args, output, latents, level, next_level, eta, next_latents, generator)
             if next_latents is None:
                 log.drawn.append((level, (step.next_latents - step.mean) / step.std))
             elif torch.is_grad_enabled():  # best_of_n scores once more without gradients
@@ -165,7 +166,7 @@ def watch(monkeypatch):
 
         monkeypatch.setattr(g, "rollout", watched_rollout)
         monkeypatch.setattr(g, "policy_step", watched_step)
-        run.reward, run.optimizer.step = watched_reward, watched_optimizer
+        run.rewards, run.optimizer.step = watched_reward, watched_optimizer
         return log
 
     return start
@@ -175,6 +176,11 @@ def lines_of(folder):
     """metrics.jsonl without what a clock says."""
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def save(run, step):
+    run.step = step
+    harness.save_checkpoint(run)
 
 
 def state_of(folder, step, kind=""):
@@ -560,7 +566,7 @@ def test_the_optimizer_is_adamw_with_the_flags_that_were_given(build):
 @given(st.integers(1, 9), st.integers(1, 12), st.integers(0, 99))
 def test_every_prompt_comes_once_an_epoch(total, count, seed):
     prompts = [f"prompt {i}" for i in range(total)]
-    stream = sum((g.prompts_of_step(prompts, step, count, seed) for step in range(3 * total)), [])
+    stream = sum((harness.prompts_of_step(prompts, step, count, seed) for step in range(3 * total)), [])
     assert len(stream) == 3 * total * count
     for epoch in range(0, len(stream), total):
         assert sorted(stream[epoch : epoch + total]) == sorted(prompts)
@@ -568,15 +574,15 @@ def test_every_prompt_comes_once_an_epoch(total, count, seed):
 
 def test_prompts_are_shuffled_anew_by_epoch_and_by_seed_and_by_nothing_else():
     prompts = [str(i) for i in range(30)]
-    first, second = (g.prompts_of_step(prompts, step, 30, 0) for step in (0, 1))
+    first, second = (harness.prompts_of_step(prompts, step, 30, 0) for step in (0, 1))
     assert prompts != first != second
-    assert first == g.prompts_of_step(prompts, 0, 30, 0)
-    assert first != g.prompts_of_step(prompts, 0, 30, 1)
+    assert first == harness.prompts_of_step(prompts, 0, 30, 0)
+    assert first != harness.prompts_of_step(prompts, 0, 30, 1)
 
 
 def test_seeded_depends_on_its_key_alone():
     def draw(*key):
-        return torch.randn(4, generator=g.seeded(*key)).tolist()
+        return torch.randn(4, generator=harness.seeded(*key)).tolist()
 
     torch.manual_seed(1)
     first = draw(0, "noise", 3, 5)
@@ -591,22 +597,22 @@ def test_the_window_starts_everywhere_in_its_range_and_nowhere_else(files, tmp_p
     args = g.parse_args(argv(files, tmp_path, **flags))
     starts = []
     for step in range(60):
-        etas = g.etas_of_step(args, step)
-        assert len(etas) == 9 and etas == g.etas_of_step(args, step)
+        etas = g.etas_of_iteration(args, step)
+        assert len(etas) == 9 and etas == g.etas_of_iteration(args, step)
         noisy = [t for t, eta in enumerate(etas) if eta > 0]
         assert noisy == list(range(noisy[0], noisy[0] + 3))
         assert all(etas[t] == pytest.approx(0.7) for t in noisy)
         starts.append(noisy[0])
     assert set(starts) == {1, 2, 3, 4}
     args.seed = 1
-    assert starts != [next(t for t, eta in enumerate(g.etas_of_step(args, step)) if eta) for step in range(60)]
+    assert starts != [next(t for t, eta in enumerate(g.etas_of_iteration(args, step)) if eta) for step in range(60)]
 
 
 def test_without_a_window_every_step_has_noise(files, tmp_path):
     args = g.parse_args(argv(files, tmp_path, sde_window=0, eta=0.7))
-    assert g.etas_of_step(args, 0) == pytest.approx([0.7] * 4)
+    assert g.etas_of_iteration(args, 0) == pytest.approx([0.7] * 4)
     args.eta_schedule = "flow_grpo"
-    etas = g.etas_of_step(args, 0)
+    etas = g.etas_of_iteration(args, 0)
     assert len(set(etas)) > 1 and min(etas) > 0
 
 
@@ -654,22 +660,23 @@ def test_prompts_are_those_of_the_step_and_rows_of_a_group_are_adjacent(build, w
     run = build()
     log = watch(run, frozen=True)
     g.train_step(run, 3)
-    assert log.prompts == [p for p in g.prompts_of_step(run.prompts, 3, 2, 0) for _ in range(4)]
+    assert log.prompts == [p for p in harness.prompts_of_step(run.prompts, 3, 2, 0) for _ in range(4)]
 
 
 # ---- TRANSITIONS -------------------------------------------------------------------------------------------------
 def decoded_with_last_noise(run, seed, monkeypatch):
-    policy_step = g.flow_sde_step
+    policy_step = g.policy_step
 
-    def other_last_noise(output, latents, level, next_level, eta, generator):
+    def other_last_noise(args, output, latents, level, next_level, eta, generator):
         if next_level == 0:
-            generator = [g.seeded(seed, i) for i in range(len(latents))]
-        return policy_step(output, latents, level, next_level, eta, generator=generator)
+            generator = [harness.seeded(seed, i) for i in range(len(latents))]
+        return policy_step(args, output, latents, level, next_level, eta, generator=generator)
 
-    monkeypatch.setattr(g, "policy_step", other_last_noise)
-    latents = g.init_latents(run.models, run.args, [g.seeded(0), g.seeded(1)])
-    cond = g.encode_prompts(run.models, run.prompts[:2])
-    return g.rollout(run.models, run.args, cond, latents, [0.7] * 4, [g.seeded(2), g.seeded(3)])
+    latents = g.init_latents(run.models, run.args, [harness.seeded(0), harness.seeded(1)])
+    cond = g.encode_prompts(run.models, run.args, run.prompts[:2])
+    with monkeypatch.context() as patch:
+        patch.setattr(g, "policy_step", other_last_noise)
+        return g.rollout(run, latents, cond, [0.7] * 4, [harness.seeded(2), harness.seeded(3)])
 
 
 @pytest.mark.parametrize("decode_x0", [True, False])
@@ -719,24 +726,25 @@ def test_trained_are_a_share_of_the_transitions_with_noise_that_matters(flags, c
     assert math.isfinite(metrics["loss"])
     g.print_header(run)
     header = capsys.readouterr().out
-    assert f"transitions  {rows * count} trained an iteration: {count} of 6 steps a sample" in header
+    assert f"transitions  {rows * count} trained: {count} of the 6 steps of a sample" in header
 
 
 # ---- ENCODED PROMPTS, AND WHAT IS IDLE ---------------------------------------------------------------------------
 def test_a_prompt_is_encoded_once_alone_and_kept_with_the_run(build, monkeypatch):
-    run, encode, asked = build(**WINDOW), g.encode_prompts, []
-    monkeypatch.setattr(g, "encode_prompts", lambda models, words: asked.append(words) or encode(models, words))
+    run, asked = build(**WINDOW), []
+    encode = run.encode
+    monkeypatch.setattr(run, "encode", lambda words: asked.append(words) or encode(words))
     words = ["a red circle on white", "a blue ring on black", "a red circle on white"]
-    first = g.conditions(run, words)
+    first = harness.conditions(run, words)
     assert asked == [[words[0]], [words[1]]], "each of them once"
-    again = g.conditions(run, words[::-1])
+    again = harness.conditions(run, words[::-1])
     assert len(asked) == 2 and len(list((run.folder / "conditions").iterdir())) == 2
-    for k, wanted in encode(run.models, words).items():
+    for k, wanted in encode(words).items():
         torch.testing.assert_close(first[k], wanted)
         assert first[k].device.type == "cpu" and torch.equal(again[k], first[k].flip(0))
         assert torch.equal(first[k][0], first[k][2]) and not torch.equal(first[k][0], first[k][1])
     run.args.pretrained_model_name_or_path = "another"  # which would say something else
-    g.conditions(run, words)
+    harness.conditions(run, words)
     assert len(asked) == 4
 
 
@@ -748,34 +756,32 @@ def test_encoders_and_decoder_are_on_the_device_only_while_they_work(build, monk
     def places():
         return [tensor.data_ptr() for part in parts for tensor in (*part.parameters(), *part.buffers())]
 
-    before, run.models.device = places(), torch.device("cpu:0")
-    with pytest.raises(ZeroDivisionError), g.on_device(run.models, parts):
+    before = places()
+    with pytest.raises(ZeroDivisionError), harness.on_device(torch.device("cpu:0"), parts):
         assert not {*before} & {*places()}
         raise ZeroDivisionError
     assert places() == before
 
-    run.models.device, inside, moved, on_device = torch.device("cpu"), [], [], g.on_device
+    inside, moved, on_device = [], [], harness.on_device
 
     @contextlib.contextmanager
-    def watched(models, parts):
+    def watched(device, parts):
         inside.append({id(part) for part in parts})
         moved.append(inside[-1])
-        with on_device(models, parts):
+        with on_device(device, parts):
             yield
         inside.pop()
 
-    def must_be_inside(name, parts):
-        function = getattr(g, name)
-
+    def must_be_inside(name, function, parts):
         def call(*words):
             assert {id(part) for part in parts} <= set().union(*inside), f"{name} off the device"
             return function(*words)
 
-        monkeypatch.setattr(g, name, call)
+        return call
 
-    monkeypatch.setattr(g, "on_device", watched)
-    must_be_inside("encode_prompts", run.models.encoders)
-    must_be_inside("decode", [run.models.vae])
+    monkeypatch.setattr(harness, "on_device", watched)
+    run.encode = must_be_inside("encode", run.encode, run.models.encoders)
+    monkeypatch.setattr(g, "decode", must_be_inside("decode", g.decode, [run.models.vae]))
     g.train_step(run, 0)
     g.evaluate(run, 0)
     assert not inside and any({id(e) for e in run.models.encoders} <= parts for parts in moved)
@@ -783,23 +789,23 @@ def test_encoders_and_decoder_are_on_the_device_only_while_they_work(build, monk
 
 @pytest.mark.parametrize("device, compiled, gradients", [("cpu", 0, 0), ("cpu", 1, 1), ("cuda", 0, 1), ("cuda", 1, 1)])
 def test_the_old_policy_asks_for_gradients_where_that_can_change_a_kernel(device, compiled, gradients):
-    models, args = SimpleNamespace(device=torch.device(device)), SimpleNamespace(compile=bool(compiled))
-    with torch.no_grad(), g.as_in_training(models, args):
+    run = SimpleNamespace(device=torch.device(device), args=SimpleNamespace(compile=bool(compiled)))
+    with torch.no_grad(), harness.as_in_training(run):
         assert torch.is_grad_enabled() == bool(gradients)
 
 
 def test_a_rollout_with_gradients_is_the_same_and_keeps_no_graph(build, monkeypatch):
     run = build(**WINDOW)
     args, models = run.args, run.models
-    cond = {k: v.repeat(3, *[1] * (v.ndim - 1)) for k, v in g.conditions(run, ["a red circle on white"]).items()}
+    cond = {k: v.repeat(3, *[1] * (v.ndim - 1)) for k, v in harness.conditions(run, ["a red circle on white"]).items()}
 
     def roll():
-        latents = g.init_latents(models, args, [g.seeded("x", i) for i in range(3)])
-        noise = [g.seeded("n", i) for i in range(3)]
-        return g.rollout(models, args, cond, latents, g.etas_of_step(args, 0), noise)
+        latents = g.init_latents(models, args, [harness.seeded("x", i) for i in range(3)])
+        noise = [harness.seeded("n", i) for i in range(3)]
+        return g.rollout(run, latents, cond, g.etas_of_iteration(args, 0), noise)
 
     without = roll()
-    monkeypatch.setattr(g, "as_in_training", lambda models, args: torch.enable_grad())
+    monkeypatch.setattr(harness, "as_in_training", lambda run: torch.enable_grad())
     for a, b in zip(without, roll(), strict=True):
         assert same({"": a.nan_to_num()}, {"": b.nan_to_num()}) and not b.requires_grad
 
@@ -849,22 +855,22 @@ def with_dropout(run, monkeypatch):
 
 
 def with_weights_moved_after_the_rollout(run, monkeypatch):
-    reward = run.reward
+    reward = run.rewards
 
     def moved(*args):
         with torch.no_grad():
             run.parameters[0].add_(1e-3)
         return reward(*args)
 
-    run.reward = moved
+    run.rewards = moved
 
 
 def with_another_guidance_in_the_update(run, monkeypatch):
     predict = g.predict
 
-    def other(models, args, *rest):
+    def other(policy, args, *rest):
         changed = SimpleNamespace(**vars(args) | {"guidance_scale": args.guidance_scale + torch.is_grad_enabled()})
-        return predict(models, changed, *rest)
+        return predict(policy, changed, *rest)
 
     monkeypatch.setattr(g, "predict", other)
 
@@ -1037,52 +1043,12 @@ def test_a_run_needs_no_git(files, tmp_path, monkeypatch):
 
 
 def test_a_reward_model_is_loaded_once_for_training_and_evaluation(build, monkeypatch):
-    asked, load = [], g.load_rewards
-    monkeypatch.setattr(g, "load_rewards", lambda names, *words: asked.append(names) or load(names, *words))
+    asked, load = [], g.load_reward_flags
+    monkeypatch.setattr(g, "load_reward_flags", lambda *words: asked.append(words) or load(*words))
     run = build(**WINDOW)
-    assert len(asked) == 1 and len(asked[0]) == 2
-    assert list(run.reward.rewards) == ["red"] and list(run.eval_reward.rewards) == ["red", "dark"]
-    assert run.reward.rewards["red"] is run.eval_reward.rewards["red"]
-
-
-def test_adam_in_8_bits_goes_on_bit_for_bit(files, tmp_path):
-    pytest.importorskip("bitsandbytes")
-    flags = WINDOW | dict(adam_8bit=True, rank=64, lora_alpha=64, max_train_steps=2)
-    g.main(argv(files, tmp_path / "run", **flags))
-    assert any(v.dtype == torch.uint8 for v in state_of(tmp_path / "run", 2, "optimizer").values())
-    flags["max_train_steps"] = 3
-    g.main(argv(files, tmp_path / "run", **flags, resume_from_checkpoint="latest"))
-    g.main(argv(files, tmp_path / "unbroken", **flags))
-    assert same(state_of(tmp_path / "run", 3), state_of(tmp_path / "unbroken", 3))
-
-
-def test_a_table_that_an_optimizer_shares_and_a_number_it_counts_are_in_the_training_state(build, monkeypatch):
-    """As bitsandbytes keeps them; safetensors writes no tensor twice."""
-    class AdamW8bit(torch.optim.SGD):
-        table = torch.zeros(256)
-
-        def __init__(self, parameters, lr, weight_decay):
-            super().__init__(parameters, lr)
-
-        def step(self, closure=None):
-            for p in self.param_groups[0]["params"]:
-                count = self.state[p].get("step", 0)
-                moment = torch.full(p.shape, 7, dtype=torch.uint8)
-                self.state[p] = {"step": count + 1, "state1": moment, "qmap1": self.table}
-
-    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", SimpleNamespace(AdamW8bit=AdamW8bit))
-    monkeypatch.setattr(g, "find_spec", lambda name: True)
-    run = build(**WINDOW, adam_8bit=True)
-    for _ in range(3):
-        run.optimizer.step()
-    g.save_checkpoint(run, 3)
-    (run.folder / "metrics.jsonl").touch()
-    run.optimizer.state.clear()
-    run.args.resume_from_checkpoint = str(run.folder / "checkpoints/step_000003")
-    assert g.load_checkpoint(run) == 3
-    moments = [run.optimizer.state[p] for p in run.parameters]
-    assert all(m["step"] == 3 and m["state1"].eq(7).all() for m in moments)
+    assert len(asked) == 1
+    assert run.rewards.labels == ["red"] and run.eval_rewards.labels == ["red", "dark"]
+    assert run.rewards.rewards["red"] is run.eval_rewards.rewards["red"]
 
 
 def test_a_run_is_not_resumed_with_other_settings_nor_written_over(files, tmp_path, unbroken, capsys):
@@ -1159,11 +1125,11 @@ def test_old_checkpoints_are_deleted_beyond_the_limit(files, tmp_path):
 def test_a_checkpoint_is_whole_or_absent(build, monkeypatch):
     run = build()
     with monkeypatch.context() as patch:
-        patch.setattr(g, "save_policy", lambda *_: 1 / 0)
+        patch.setattr(harness, "save_policy", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            g.save_checkpoint(run, 1)
+            save(run, 1)
     assert not list((run.folder / "checkpoints").glob("step_??????"))
-    g.save_checkpoint(run, 1)  # what the first try left is not in the way
+    save(run, 1)  # what the first try left is not in the way
     assert checkpoints_of(run.folder) == ["step_000001"]
 
 
@@ -1172,7 +1138,7 @@ def test_the_export_is_the_policy_that_was_trained(build):
     run = build(learning_rate=1e-2)
     before = flat(run.parameters)
     g.train_step(run, 0)
-    g.save_checkpoint(run, 1)
+    save(run, 1)
     loaded = FluxTransformer2DModel.from_pretrained(run.folder / "checkpoints/step_000001/transformer")
     assert same([*loaded.state_dict().values()], [*run.models.policy.state_dict().values()])
     assert not torch.equal(flat(loaded.parameters()), before)
@@ -1193,7 +1159,7 @@ def test_the_export_and_the_evaluation_use_the_average_and_training_does_not(bui
 
     evaluated = g.evaluate(run, 3)
     assert torch.equal(flat(run.parameters), log.weights[-1])
-    g.save_checkpoint(run, 3)
+    save(run, 3)
     assert torch.equal(flat(run.parameters), log.weights[-1])
     kept = {f"parameters.{name}": p.detach() for name, p in run.trained.items()}
     assert same(state_of(run.folder, 3, "parameters"), kept)
@@ -1225,22 +1191,22 @@ def test_lora_loads_in_diffusers_and_is_the_policy_that_was_trained(build):
     for step in range(2):
         g.train_step(run, step)
     assert all(torch.equal(p, frozen[name]) for name, p in policy.named_parameters() if name in frozen)
-    g.save_checkpoint(run, 2)
+    save(run, 2)
 
     pipe = FluxPipeline.from_pretrained(run.args.pretrained_model_name_or_path, dtype=torch.float32)
-    latents = g.init_latents(run.models, run.args, [g.seeded(0), g.seeded(1)])
-    cond = g.encode_prompts(run.models, run.prompts[:2])
-    models = SimpleNamespace(**vars(run.models) | {"policy": pipe.transformer.eval()})
+    latents = g.init_latents(run.models, run.args, [harness.seeded(0), harness.seeded(1)])
+    cond = run.encode(run.prompts[:2])
+    fresh = pipe.transformer.eval()
     with torch.no_grad():
-        trained, base = (g.predict(m, run.args, latents, 0.7, cond) for m in (run.models, models))
+        trained, base = (g.predict(network, run.args, latents, 0.7, cond) for network in (policy, fresh))
         by_hand = copy.deepcopy(pipe.transformer)  # W + alpha/rank B A
         for name, module in policy.named_modules():
             if hasattr(module, "lora_A"):
                 update = module.lora_B["default"].weight @ module.lora_A["default"].weight
                 by_hand.get_submodule(name).weight += 12 / 4 * update
-        merged = g.predict(SimpleNamespace(**vars(models) | {"policy": by_hand}), run.args, latents, 0.7, cond)
+        merged = g.predict(by_hand, run.args, latents, 0.7, cond)
         pipe.load_lora_weights(run.folder / "checkpoints/step_000002")
-        loaded = g.predict(models, run.args, latents, 0.7, cond)
+        loaded = g.predict(fresh, run.args, latents, 0.7, cond)
     change = (trained - base).norm()
     assert change > 1e-3 * base.norm()
     assert (loaded - trained).norm() < 1e-3 * change
@@ -1251,10 +1217,10 @@ def test_lora_loads_in_diffusers_and_is_the_policy_that_was_trained(build):
 def test_without_noise_a_rollout_is_the_call_of_the_pipeline(flags, build):
     run = build(**flags)
     args, pipe = run.args, run.models.pipe
-    latents = g.init_latents(run.models, args, [g.seeded(i) for i in range(3)])
+    latents = g.init_latents(run.models, args, [harness.seeded(i) for i in range(3)])
     prompts, steps = run.eval_prompts[:3], args.num_inference_steps
-    cond = g.encode_prompts(run.models, prompts)
-    trajectory, log_probs, samples = g.rollout(run.models, args, cond, latents, [0.0] * steps)
+    cond = g.encode_prompts(run.models, args, prompts)
+    trajectory, log_probs, samples = g.rollout(run, latents, cond, [0.0] * steps)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, shift=args.shift)
     pipe.set_progress_bar_config(disable=True)
     expected = pipe(
@@ -1271,21 +1237,21 @@ def test_evaluation_is_by_the_ode_from_noise_of_its_own(build, watch, monkeypatc
     run = build(eval_samples=2, train_batch_size=4, eta=0.7)
     etas, seen, rollout = [], [], g.rollout
 
-    def watched(models, args, cond, latents, levels, *generators):
+    def watched(run, latents, cond, levels, *generators):
         etas.append(levels)
         seen.append(latents)
-        return rollout(models, args, cond, latents, levels, *generators)
+        return rollout(run, latents, cond, levels, *generators)
 
     monkeypatch.setattr(g, "rollout", watched)
     log = SimpleNamespace(images=[], prompts=[])
-    reward = run.eval_reward
+    reward = run.eval_rewards
 
     def watched_reward(images, prompts):
         log.images += images
         log.prompts += prompts
         return reward(images, prompts)
 
-    run.eval_reward = watched_reward
+    run.eval_rewards = watched_reward
     torch.manual_seed(0)
     first = g.evaluate(run, 0)
     assert etas == [[0.0] * 4] * 2
@@ -1305,19 +1271,19 @@ def test_three_processes_evaluate_what_one_does(build, monkeypatch):
     run = build(train_batch_size=2)
     run.eval_prompts = run.eval_prompts[:2]  # 6 rows; then 4, which do not come out even
     for samples in (3, 2):
-        run.args.eval_samples, gathered, said = samples, g.gathered, {}
+        run.args.eval_samples, everyone, said = samples, harness.everyone, {}
         alone = g.evaluate(run, 0)
         with monkeypatch.context() as patch:
-            patch.setattr(g, "WORLD", 3)
+            patch.setattr(harness, "WORLD", 3)
             for rank in range(3):
-                patch.setattr(g, "RANK", rank)
+                patch.setattr(harness, "RANK", rank)
                 said[rank] = []
-                patch.setattr(g, "gathered", lambda v, device: said[rank].append(v) or v.double().expand(3, -1))
+                patch.setattr(harness, "everyone", lambda v, device: said[rank].append(v) or v.double().expand(3, -1))
                 g.evaluate(run, 0)
             turns = iter(zip(*said.values()))
-            patch.setattr(g, "gathered", lambda values, device: torch.stack(next(turns)).double())
+            patch.setattr(harness, "everyone", lambda values, device: torch.stack(next(turns)).double())
             assert g.evaluate(run, 0) == pytest.approx(alone, abs=1e-5)
-        assert g.gathered is gathered
+        assert harness.everyone is everyone
 
 
 # ---- LEARNING ----------------------------------------------------------------------------------------------------
