@@ -1,7 +1,6 @@
 """The command line of grpo_flux.py: bad input is refused in one line before anything is loaded or written."""
 
 import importlib
-import inspect
 import json
 import os
 import re
@@ -10,21 +9,22 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import diffusers
 import pytest
 import torch
+from diffusers import FluxPipeline
 from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError
 
 import grpo_flux as g
+import harness
 
-TINY = g.HERE / "tiny"
+TINY = harness.HERE / "tiny"
 ANSWER = SimpleNamespace(headers={}, request=None)  # of the Hub, without its words
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """An empty working directory, beside one with files to point at; whoever loads a model fails the test."""
-    for module, name in ((g, "load_models"), (g, "load_rewards"), (g.FluxPipeline, "from_pretrained")):
+    for module, name in ((g, "load_models"), (g, "load_reward_flags"), (FluxPipeline, "from_pretrained")):
         monkeypatch.setattr(module, name, lambda *args, **kwargs: pytest.fail("a model was loaded"))
     files, here = tmp_path / "files", tmp_path / "here"
     files.mkdir(), here.mkdir()
@@ -42,6 +42,11 @@ def folder(tmp_path, monkeypatch):
     (files / "other_model/vae/config.json").write_text((TINY / "flux/vae/config.json").read_text())
     (files / "run/checkpoints/step_000002").mkdir(parents=True)
     (files / "run/checkpoints/step_000002/training_state").mkdir()
+    (files / "number.jsonl").write_text('{"prompt": 3}\n')
+    (files / "blank.jsonl").write_text('{"prompt": " "}\n')
+    for name in ("copied/step_000002", "torn/checkpoints/step_000002"):
+        (files / name / "training_state").mkdir(parents=True)
+    (files / "torn/args.json").touch()
     args = g.parse_args(["--output_dir", str(files / "run")])
     (files / "run/args.json").write_text(json.dumps({"args": vars(args)}))
     monkeypatch.chdir(here)
@@ -52,7 +57,8 @@ BAD = """
 --preset huge                                                         tiny
 --nonsense 1                                                          unrecognized
 --learn 1e-3                                                          unrecognized
---seed x                                                              int
+--seed x                                                              int, from 0
+--seed -1                                                             int, from 0
 --reward nosuch                                                       nosuch hps clip jpeg
 --reward hps hps                                                      two
 --reward FILES/absent.py:mine                                         no file
@@ -62,66 +68,76 @@ BAD = """
 --reward hps clip --reward_weights 1                                  2 values
 --reward_weights 1 2                                                  1 values
 --reward_thresholds 1 2                                               1 values
---reward_thresholds nan                                               nan
+--reward_thresholds nan                                               nan: must be float
 --reward_paths hps                                                    path
 --reward_paths hps=FILES/absent                                       absent
 --reward_paths vit=FILES                                              vit
+--reward_paths hps=FILES hps=FILES                                    hps
 --prompts FILES/absent.txt                                            UTF-8
 --prompts FILES                                                       UTF-8
 --prompts FILES/empty.txt                                             at least one
+--prompts FILES/number.jsonl                                          at least one
+--prompts FILES/blank.jsonl                                           at least one
 --prompts FILES/latin.txt                                             UTF-8
 --prompts FILES/keyless.jsonl                                         UTF-8
 --prompts FILES/broken.jsonl                                          UTF-8
 --prompts FILES/train.json                                            .jsonl
 --prompts FILES/train.csv                                             .jsonl
 --prompts hf://datasets/owner/name/train.json                         .jsonl
+--prompts hf://datasets/name                                          hf://datasets/OWNER/NAME/FILE
+--prompts hf://owner/name/file.txt                                    hf://datasets/OWNER/NAME/FILE
+--prompts hf://datasets/owner/name                                    hf://datasets/OWNER/NAME/FILE
 --eval_prompts FILES/absent.txt                                       UTF-8
 --eval_prompts FILES/empty.txt                                        at least one
 --model FILES                                                         model_index.json
 --model FILES/absent                                                  model_index.json
 --model FILES/other_model                                             FluxPipeline
 --height 60                                                           multiple of 16
---width 0                                                             multiple of 16
+--width 0                                                             from 1
 --num_generations 1                                                   at least 2
 --best_of_n 14                                                        even, at most 12
 --best_of_n 3                                                         even, at most 12
---best_of_n -2                                                        even, at most 12
---eta 0                                                               above 0
---eta -0.3                                                            above 0
---eta nan                                                             nan
---shift 0                                                             above 0
+--best_of_n -2                                                        from 0
+--eta 0                                                               from 1e-09
+--eta nan                                                             from 1e-09
+--shift 0                                                             from 1e-09
 --num_inference_steps 1 --sde_window 0 --sde_window_range 0 0         at least 2
 --num_inference_steps 6 --sde_window 6 --sde_window_range 0 0         0 to 5
 --sde_window 3 --sde_window_range 0 9                                 in 0 to 8
 --sde_window 3 --sde_window_range 2 1                                 FIRST <= LAST
---timestep_fraction 0                                                 at most 1
---timestep_fraction 1.5                                               at most 1
---clip_range 0                                                        between 0 and 1
---clip_range 1                                                        between 0 and 1
---ema_decay 1                                                         below 1
---learning_rate 0                                                     above 0
---learning_rate inf                                                   inf
---adv_clip_max 0                                                      above 0
---max_grad_norm 0                                                     above 0
---adam_weight_decay -1                                                at least 0
---ratio_tolerance -1                                                  at least 0
---guidance_scale -1                                                   at least 0
---rank -1                                                             at least 0
+--timestep_fraction 0                                                 to 1
+--timestep_fraction 1.5                                               to 1
+--clip_range 1                                                        to 0.999999
+--ema_decay 1                                                         to 0.999999
+--learning_rate 0                                                     from 1e-09
+--learning_rate inf                                                   to 1e+09
+--adv_clip_max 0                                                      from 1e-09
+--max_grad_norm 0                                                     from 1e-09
+--adam_weight_decay -1                                                from 0
+--ratio_tolerance -1                                                  from 0
+--guidance_scale -1                                                   from 0
+--rank -1                                                             from 0
 --rank 4                                                              --lora_alpha
 --lora_alpha 4                                                        --rank
 --num_updates 5                                                       144
---num_updates 0                                                       at least 1
---prompts_per_step 0                                                  at least 1
---train_batch_size 0                                                  at least 1
---max_train_steps 0                                                   at least 1
---validation_steps 0                                                  at least 1
---eval_samples 0                                                      at least 1
---checkpointing_steps 0                                               at least 1
---checkpoints_total_limit 0                                           at least 1
+--num_updates 0                                                       from 1
+--prompts_per_step 0                                                  from 1
+--train_batch_size 0                                                  from 1
+--train_batch_size 99999999999999999999                               to 1e+09
+--max_train_steps 0                                                   from 1
+--validation_steps 0                                                  from 1
+--eval_samples 0                                                      from 1
+--checkpointing_steps 0                                               from 1
+--checkpoints_total_limit 0                                           from 1
 --output_dir FILES/run                                                --resume_from_checkpoint
+--output_dir FILES/empty.txt                                          a folder
+--output_dir=                                                         a folder
 --resume_from_checkpoint FILES/absent                                 checkpoint
+--resume_from_checkpoint=                                             checkpoint
 --resume_from_checkpoint latest                                       --output_dir
 --resume_from_checkpoint latest --output_dir FILES                    checkpoint
+--resume_from_checkpoint FILES/copied/step_000002                     args.json
+--resume_from_checkpoint FILES/torn/checkpoints/step_000002           args.json
 --resume_from_checkpoint FILES/run/checkpoints/step_000002 --output_dir OTHER            FILES/run
 --resume_from_checkpoint latest --output_dir FILES/run --learning_rate 1e-3              0.0001
 --resume_from_checkpoint latest --output_dir FILES/run --seed 1                          0
@@ -133,7 +149,7 @@ CASES = [re.split(r"\s{2,}", line, maxsplit=1) for line in BAD.strip().splitline
 
 @pytest.mark.parametrize("command, accepted", CASES, ids=[command for command, _ in CASES])
 def test_bad_input_is_refused_in_one_line(command, accepted, folder, capsys):
-    flag = command.split(" --")[-1].split()[0].removeprefix("--") if "resume" in command else command.split()[0][2:]
+    flag = re.split(r"[ =]", command.split(" --")[-1] if "resume" in command else command)[0].removeprefix("--")
     before = sorted(map(str, folder.rglob("*")))
     words = [w.replace("FILES", str(folder)).replace("TINY", str(TINY)) for w in command.split()]
     with pytest.raises(SystemExit) as stop:
@@ -159,40 +175,31 @@ def test_prompts_of_the_hub_are_downloaded_at_their_revision(folder, monkeypatch
     (folder / "some.jsonl").write_text('{"prompt": "a red circle"}\n{"prompt": "a blue ring"}\n')
     asked = []
     file = folder / "some.jsonl"
-    monkeypatch.setattr(g, "hf_hub_download", lambda *words, **named: asked.append((words, named)) or file)
+    monkeypatch.setattr(harness, "download", lambda *words, **named: asked.append((words, named)) or file)
     for address, revision in (("owner/name/data/some.jsonl", None), ("owner/name@v1/data/some.jsonl", "v1")):
         g.parse_args(["--prompts", f"hf://datasets/{address}"])
         assert asked[-1] == (("owner/name", "data/some.jsonl"), {"repo_type": "dataset", "revision": revision})
-    assert g.read_prompts("--prompts", "hf://datasets/owner/name/data/some.jsonl") == ["a red circle", "a blue ring"]
-
-
-@pytest.mark.parametrize("address", ["hf://datasets/name", "hf://owner/name/file.txt", "hf://datasets/owner/name"])
-def test_what_is_no_address_of_the_hub_is_refused(address, folder, capsys):
-    with pytest.raises(SystemExit):
-        g.parse_args(["--prompts", address])
-    error = capsys.readouterr().err
-    assert address in error and "hf://datasets/OWNER/NAME/FILE" in error and error.count("\n") == 1
+    assert harness.read_prompts("--prompts", "hf://datasets/owner/name/data/some.jsonl") == ["a red circle", "a blue ring"]
 
 
 @pytest.mark.parametrize("script", ["grpo_flux", "grpo_sd14", "grpo_hunyuan_video", "grpo_skyreel_i2v"])
 def test_a_gated_model_says_where_its_licence_is(script, folder, capsys, monkeypatch):
-    """As the Hub answers; diffusers makes an OSError of it."""
     def refuse(name, *args, **kwargs):
         raise GatedRepoError("401 Client Error.\n\nAccess is restricted.", response=ANSWER)
 
-    monkeypatch.setattr(diffusers.configuration_utils, "hf_hub_download", refuse)
+    monkeypatch.setattr(harness, "download", refuse)
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(script).parse_args(["--model", "owner/name"])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1
-    assert "--model owner/name: gated: accept its licence on https://huggingface.co/owner/name" in error
+    assert "--model owner/name" in error and "accept its licence on https://huggingface.co/owner/name" in error
 
 
 def test_prompts_that_the_hub_has_not_are_refused_in_one_line(folder, capsys, monkeypatch):
     def refuse(*args, **kwargs):
         raise RemoteEntryNotFoundError("404 Client Error.\n\nEntry Not Found", response=ANSWER)
 
-    monkeypatch.setattr(g, "hf_hub_download", refuse)
+    monkeypatch.setattr(harness, "download", refuse)
     with pytest.raises(SystemExit) as stop:
         g.parse_args(["--prompts", "hf://datasets/owner/name/prompts.txt"])
     error = capsys.readouterr().err
@@ -204,59 +211,50 @@ def test_weights_that_are_not_as_pinned_end_the_run_with_one_line(folder, monkey
     def refuse(*args):
         raise ValueError("HPS_v2.1_compressed.pt: sha256 0, not 1;\ndownload it again")
 
-    monkeypatch.setattr(g, "load_rewards", refuse)
+    monkeypatch.setattr(g, "load_reward_flags", refuse)
     with pytest.raises(SystemExit) as stop:
         g.main(["--output_dir", str(folder / "new")])
     said = "HPS_v2.1_compressed.pt: sha256 0, not 1; download it again"
-    assert stop.value.code == f"grpo_flux.py: error: ValueError: {said}"
+    assert stop.value.code.endswith(f": error: ValueError: {said}")
     assert not (folder / "new").exists()
 
 
 @pytest.mark.parametrize("rank, said", [(0, 1), (1, 0)])
 def test_one_process_of_a_machine_says_what_is_wrong(rank, said, folder, capsys, monkeypatch):
-    monkeypatch.setattr(g, "LOCAL_RANK", rank)
+    monkeypatch.setattr(harness, "LOCAL_RANK", rank)
     with pytest.raises(SystemExit) as stop:
         g.parse_args(["--eta", "0"])
-    assert stop.value.code == 2 and capsys.readouterr().err.count("error: --eta 0.0") == said
-
-
-def test_adam_in_8_bits_is_refused_on_several_processes(folder, capsys, monkeypatch):
-    monkeypatch.setattr(g, "find_spec", lambda name: True)
-    g.parse_args(["--adam_8bit"])
-    monkeypatch.setattr(g, "WORLD", 2)
-    with pytest.raises(SystemExit):
-        g.parse_args(["--adam_8bit"])
-    assert "--adam_8bit on: must be off: bitsandbytes" in capsys.readouterr().err
+    assert stop.value.code == 2 and capsys.readouterr().err.count("error: argument --eta: 0") == said
 
 
 def test_a_real_preset_without_a_gpu_is_refused_before_anything_loads(folder, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         g.parse_args(["--preset", "lora", "--prompts", str(TINY / "prompts.txt"), "--model", str(TINY / "flux")])
-    assert "--preset lora: must be tiny: the others need a GPU" in capsys.readouterr().err
+    assert "--preset lora: must be tiny" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "words, accepted",
     [("--prompts_per_step 12", "--prompts_per_step 12: must be a multiple of the 5 processes"),
-     ("--prompts_per_step 10 --num_updates 5", "--num_updates 5: must divide the 24 samples that a process trains")],
+     ("--prompts_per_step 10 --num_updates 5", "--num_updates 5: must be a divisor of the 24 samples that each process trains")],
 )  # fmt: skip
 def test_what_several_processes_cannot_share_is_refused(words, accepted, folder, capsys, monkeypatch):
-    monkeypatch.setattr(g, "WORLD", 5)
+    monkeypatch.setattr(harness, "WORLD", 5)
     with pytest.raises(SystemExit):
         g.parse_args(words.split())
     assert accepted in capsys.readouterr().err
 
 
 def test_a_package_that_is_missing_is_named(folder, capsys, monkeypatch):
-    monkeypatch.setattr(g, "find_spec", lambda name: None)
+    monkeypatch.setattr(harness, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         g.parse_args(["--report_to", "wandb"])
     assert "--report_to wandb" in capsys.readouterr().err
 
 
 def test_the_program_itself_refuses_with_status_2(tmp_path):
-    command = [sys.executable, g.HERE / "grpo_flux.py", "--reward", "nosuch"]
+    command = [sys.executable, harness.HERE / "grpo_flux.py", "--reward", "nosuch"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 2 and result.stdout == "" and not list(tmp_path.iterdir())
     assert result.stderr.count("\n") == 1 and "nosuch" in result.stderr
@@ -276,7 +274,7 @@ def test_jsonl_and_txt_give_the_same_prompts(tmp_path):
     prompts = ["a red circle on white", "ein grüner Kreis"]
     (tmp_path / "a.txt").write_text("\n".join(prompts) + "\n\n", "utf-8")
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
-    assert [g.read_prompts("--prompts", f"{tmp_path}/a.{kind}") for kind in ("txt", "jsonl")] == [prompts] * 2
+    assert [harness.read_prompts("--prompts", f"{tmp_path}/a.{kind}") for kind in ("txt", "jsonl")] == [prompts] * 2
 
 
 # ---- PRESETS AND FLAGS -------------------------------------------------------------------------------------------
@@ -312,13 +310,11 @@ def test_flags_given_by_hand_override_the_preset(preset):
     assert preset("lora").rank == 128 and preset("lora", "--rank", "8", "--lora_alpha", "16").rank == 8
 
 
-def test_every_flag_is_read(preset):
-    source = inspect.getsource(g).replace(inspect.getsource(g.parse_args), "")
-    generic = {*g.COUNTS, *g.POSITIVE, *g.NOT_NEGATIVE}
-    for name in vars(preset("tiny")):
-        reads = len(re.findall(rf"args\.{name}\b", source))
-        assert reads or name == "preset", f"--{name} is never read"
-        assert reads or name not in generic
+def test_a_reward_that_does_not_exist_is_refused_before_the_heavy_imports(tmp_path):
+    code = "import sys, grpo_flux\ntry: grpo_flux.main(['--reward', 'nosuch'])\nfinally: print([*sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], cwd=harness.HERE, capture_output=True, text=True)
+    assert result.returncode == 2 and "'torch'" in result.stdout
+    assert not re.search(r"'(diffusers|peft|matplotlib|transformers\.models\.clip)'", result.stdout)
 
 
 def test_help_shows_every_flag(capsys):
@@ -349,6 +345,7 @@ def test_the_other_presets_are_the_authors_scripts(name, script, preset):
 @pytest.mark.parametrize("name", g.PRESETS)
 def test_every_value_of_a_preset_gives_way_to_a_flag(name, preset, monkeypatch):
     monkeypatch.setattr(g, "check_args", lambda args: None)
+    monkeypatch.setattr(harness, "check_run", lambda args: None)
     for key, value in g.PRESETS[name].items():
         if isinstance(value, bool):
             words, other = [f"--no-{key}" if value else f"--{key}"], not value
@@ -356,7 +353,7 @@ def test_every_value_of_a_preset_gives_way_to_a_flag(name, preset, monkeypatch):
             other = [value[0]] * 2 if isinstance(value[0], int) else ["other"]
             words = [f"--{key}", *map(str, other)]
         else:
-            other = value + 1 if isinstance(value, (int, float)) and key != "mixed_precision" else "no"
+            other = value + 1 if isinstance(value, int) else value / 2 if isinstance(value, float) else "no"
             words = [f"--{key}", str(other)]
         assert getattr(preset(name), key) != other == getattr(preset(name, *words), key), key
 
@@ -376,7 +373,7 @@ def test_every_value_of_a_preset_gives_way_to_a_flag(name, preset, monkeypatch):
         "--height 16",
         "--width 32",
         "--reward_weights -1",
-        "--guidance_scale 0 --adam_weight_decay 0 --ratio_tolerance 0",
+        "--guidance_scale 0 --adam_weight_decay 0 --ratio_tolerance 0 --clip_range 1e-4",
     ],
 )
 def test_what_just_works_is_not_refused(words, folder):
@@ -399,52 +396,22 @@ def test_a_continuation_may_differ_in_nothing_else(folder, capsys):
             assert capsys.readouterr().err.split("error: ")[1].startswith(f"--{name} ")
 
 
-@pytest.mark.parametrize(
-    "words, text",
-    [
-        ("--prompts FILES/number.jsonl", "--prompts"),
-        ("--prompts FILES/blank.jsonl", "--prompts"),
-        ("--output_dir FILES/empty.txt", "--output_dir"),
-        ("--resume_from_checkpoint FILES/copied/step_000002", "--resume_from_checkpoint"),
-        ("--resume_from_checkpoint FILES/torn/checkpoints/step_000002", "args.json"),
-        ("--reward_paths hps=FILES hps=FILES", "--reward_paths"),
-        ("--reward_paths vit=FILES", "error: --reward_paths"),
-        ("--reward_paths hps", "error: --reward_paths"),
-        ("--reward FILES/mine.py:mine --eval_reward FILES/more.py:mine", "--eval_reward"),
-        ("--output_dir=", "--output_dir"),
-        ("--resume_from_checkpoint=", "--resume_from_checkpoint"),
-    ],
-)
-def test_more_bad_input_is_refused_in_one_line(words, text, folder, capsys):
-    (folder / "number.jsonl").write_text('{"prompt": 3}\n')
-    (folder / "more.py").write_text("def mine(images, prompts):\n    pass\n")
-    (folder / "blank.jsonl").write_text('{"prompt": " "}\n')
-    for name in ("copied/step_000002", "torn/checkpoints/step_000002"):
-        (folder / name).mkdir(parents=True)
-        (folder / name / "training_state").mkdir()
-    (folder / "torn/args.json").touch()
-    with pytest.raises(SystemExit) as stop:
-        g.parse_args(words.replace("FILES", str(folder)).split())
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and text in error, error
-
-
 def test_the_range_of_a_window_that_is_off_does_not_matter(folder):
     g.parse_args("--sde_window 0 --num_inference_steps 4".split())  # the preset's range, which nobody asked for
     args = g.parse_args("--sde_window 0 --sde_window_range 5 2".split())
-    assert g.etas_of_step(args, 0) == [1.0] * 12
+    assert g.etas_of_iteration(args, 0) == [1.0] * 12
 
 
 def test_prompts_may_hold_a_byte_order_mark_and_any_separator(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa red circle\n")
     (tmp_path / "b.jsonl").write_text('{"prompt": "a\u2028b"}\n', "utf-8")
-    assert g.read_prompts("--prompts", f"{tmp_path}/a.txt") == ["a red circle"]
-    assert g.read_prompts("--prompts", f"{tmp_path}/b.jsonl") == ["a\u2028b"]
+    assert harness.read_prompts("--prompts", f"{tmp_path}/a.txt") == ["a red circle"]
+    assert harness.read_prompts("--prompts", f"{tmp_path}/b.jsonl") == ["a\u2028b"]
 
 
 def test_a_model_that_is_out_of_reach_is_one_line(tmp_path):
     """As a process of its own: a library's warning would be a second line."""
-    command = [sys.executable, g.HERE / "grpo_flux.py", "--model", "black-forest-labs/FLUX.1-dev"]
+    command = [sys.executable, harness.HERE / "grpo_flux.py", "--model", "black-forest-labs/FLUX.1-dev"]
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=offline)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "FLUX.1-dev" in result.stderr, result.stderr
