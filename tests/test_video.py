@@ -15,6 +15,7 @@ from PIL import Image
 
 import grpo_hunyuan_video as hunyuan
 import grpo_skyreel_i2v as skyreel
+import harness
 
 TINY = Path(__file__).resolve().parents[1] / "tiny"
 PROMPTS = ["a red circle moving right on white", "a blue ring moving up on black", "a cyan square moving left on grey"]
@@ -59,8 +60,8 @@ def build(tmp_path):
 
 def ode(script, run, prompts):
     latents = script.init_latents(run.models, run.args, [script.seeded(i) for i in range(len(prompts))])
-    cond = script.encode_prompts(run.models, prompts)
-    return latents, script.rollout(run.models, run.args, cond, latents, [0.0] * run.args.num_inference_steps)[2]
+    cond = script.encode_prompts(run.models, run.args, prompts)
+    return latents, script.rollout(run, latents, cond, [0.0] * run.args.num_inference_steps)[2]
 
 
 def call_of(pipe, run, latents, **kwargs):
@@ -139,13 +140,13 @@ def test_ratio_without_guidance(build):
 # ---- SKYREELS: GUIDANCE AND FIRST FRAMES -------------------------------------------------------------------------
 def velocity(run, latents, cond, scale):
     args = SimpleNamespace(**vars(run.args) | {"true_cfg_scale": scale})
-    return skyreel.predict(run.models, args, latents, 0.8, cond)
+    return skyreel.predict(run.models.policy, args, latents, 0.8, cond)
 
 
 def test_guidance_is_its_formula_and_both_of_its_halves_are_trained(build):
     run = build(skyreel)
     latents = skyreel.init_latents(run.models, run.args, [skyreel.seeded(i) for i in range(3)])
-    cond = skyreel.encode_prompts(run.models, PROMPTS)
+    cond = skyreel.encode_prompts(run.models, run.args, PROMPTS)
     empty = cond | {k: cond[k].flip(1) for k in cond if k != "image_latents"}
     conditional, uncond = velocity(run, latents, cond, 1), velocity(run, latents, empty, 1)
     guided = velocity(run, latents, cond, 4)
@@ -161,7 +162,7 @@ def test_guidance_is_its_formula_and_both_of_its_halves_are_trained(build):
 
 def test_the_image_is_encoded_as_the_first_frame_and_zeros_follow(build):
     run = build(skyreel)
-    cond = skyreel.encode_prompts(run.models, PROMPTS)
+    cond = skyreel.encode_prompts(run.models, run.args, PROMPTS)
     frames = skyreel.first_frames(run.models, run.args, PROMPTS)
     with torch.no_grad():
         expected = run.models.vae.encode(frames).latent_dist.mean * run.models.vae.config.scaling_factor
@@ -193,7 +194,7 @@ def test_first_frames_are_drawn_once_and_kept(build, monkeypatch):
     frames = skyreel.first_frames(run.models, run.args, [*PROMPTS, PROMPTS[0]])
     assert torch.equal(frames[0], frames[3]) and not torch.equal(frames[0], frames[1])
     assert len([*(run.folder / "first_frames").iterdir()]) == 3
-    monkeypatch.setattr(skyreel, "FluxPipeline", None)
+    monkeypatch.setattr(skyreel, "draw_first_frames", None)
     run.models.painter = None
     assert torch.equal(skyreel.first_frames(run.models, run.args, PROMPTS[::-1]), frames[:3].flip(0))
     assert frames.shape == (4, 3, 1, 64, 64) and -1 <= frames.min() < frames.max() <= 1
@@ -263,9 +264,9 @@ def test_the_animation_has_the_frames(script, build):
 def test_the_export_loads_in_diffusers(script, build):
     run = build(script, learning_rate=1e-2)
     script.train_step(run, 0)
-    script.save_checkpoint(run, 1)
+    harness.save_checkpoint(run)
     kind = {hunyuan: HunyuanVideoPipeline, skyreel: HunyuanSkyreelsImageToVideoPipeline}[script]
-    loaded = type(run.models.policy).from_pretrained(run.folder / "checkpoints/step_000001/transformer")
+    loaded = type(run.models.policy).from_pretrained(run.folder / "checkpoints/step_000000/transformer")
     ours = run.models.policy.state_dict()
     assert all(torch.equal(weight, ours[name]) for name, weight in loaded.state_dict().items())
     kind.from_pretrained(run.args.pretrained_model_name_or_path, transformer=loaded)
@@ -276,18 +277,18 @@ def test_lora_loads_in_diffusers_and_is_the_policy_that_was_trained(script, buil
     run = build(script, rank=4, lora_alpha=12, learning_rate=1e-2)
     for step in range(2):
         script.train_step(run, step)
-    script.save_checkpoint(run, 2)
+    harness.save_checkpoint(run)
     kind = {hunyuan: HunyuanVideoPipeline, skyreel: HunyuanSkyreelsImageToVideoPipeline}[script]
     denoiser = TINY / {hunyuan: "hunyuan_video/transformer", skyreel: "skyreels_i2v"}[script]
     parts = {"transformer": HunyuanVideoTransformer3DModel.from_pretrained(denoiser, dtype=torch.float32)}
     pipe = kind.from_pretrained(run.args.pretrained_model_name_or_path, dtype=torch.float32, **parts)
-    models = SimpleNamespace(**vars(run.models) | {"policy": pipe.transformer.eval()})
+    policy = pipe.transformer.eval()
     latents = script.init_latents(run.models, run.args, [script.seeded(i) for i in range(3)])
-    cond = script.encode_prompts(run.models, PROMPTS)
+    cond = script.encode_prompts(run.models, run.args, PROMPTS)
     with torch.no_grad():
-        trained, base = (script.predict(m, run.args, latents, 0.7, cond) for m in (run.models, models))
-        pipe.load_lora_weights(run.folder / "checkpoints/step_000002")
-        loaded = script.predict(models, run.args, latents, 0.7, cond)
+        trained, base = (script.predict(p, run.args, latents, 0.7, cond) for p in (run.models.policy, policy))
+        pipe.load_lora_weights(run.folder / "checkpoints/step_000000")
+        loaded = script.predict(policy, run.args, latents, 0.7, cond)
     change = (trained - base).norm()
     assert change > 1e-3 * base.norm() and (loaded - trained).norm() < 1e-3 * change
 
@@ -297,25 +298,25 @@ def test_lora_loads_in_diffusers_and_is_the_policy_that_was_trained(script, buil
     "script, command, accepted",
     [
         (hunyuan, "--num_frames 8", "1 more than a multiple of 4"),
-        (hunyuan, "--num_frames 0", "1 more than a multiple of 4"),
+        (hunyuan, "--num_frames 0", "from 1"),
         (hunyuan, "--height 24", "multiple of 16"),
-        (hunyuan, f"--model {TINY}/flux", "not a HunyuanVideoPipeline"),
-        (hunyuan, f"--model {TINY}/sd14", "not a HunyuanVideoPipeline"),
+        (hunyuan, f"--model {TINY}/flux", "must be a HunyuanVideoPipeline"),
+        (hunyuan, f"--model {TINY}/sd14", "must be a HunyuanVideoPipeline"),
         (hunyuan, "--reward vq --num_frames 1", "2 frames or more"),
         (hunyuan, "--reward hps", "first_frame"),
-        (skyreel, "--true_cfg_scale 0.5", "at least 1"),
-        (skyreel, f"--transformer {TINY}/hunyuan_video/transformer", "must take 32 channels"),
-        (skyreel, f"--transformer {TINY}/clip", "must take 32 channels"),
+        (skyreel, "--true_cfg_scale 0.5", "from 1"),
+        (skyreel, f"--transformer {TINY}/hunyuan_video/transformer", "a network that takes 32 channels"),
+        (skyreel, f"--transformer {TINY}/clip", "diffusers' layout"),
         (skyreel, "--transformer nowhere", "diffusers' layout"),
-        (skyreel, f"--model {TINY}/flux", "not a HunyuanSkyreelsImageToVideoPipeline or HunyuanVideoPipeline"),
-        (skyreel, f"--first_frame_model {TINY}/sd14", "not a FluxPipeline"),
+        (skyreel, f"--model {TINY}/flux", "must be a HunyuanSkyreelsImageToVideoPipeline or HunyuanVideoPipeline"),
+        (skyreel, f"--first_frame_model {TINY}/sd14", "must be a FluxPipeline"),
         (skyreel, "--first_frame_model nowhere", "no image is captioned 'a blue circle moving down on black'"),
         (skyreel, f"--images nowhere --prompts {TINY}/prompts_video.txt", "a folder of images"),
         (skyreel, f"--images empty --prompts {TINY}/prompts_video.txt", "a folder of images"),
-        (skyreel, "--images without_image", "a.txt: must be one line, that no other caption is, beside one image"),
-        (skyreel, "--images two_images", "a.txt: must be one line, that no other caption is, beside one image"),
-        (skyreel, "--images two_lines", "a.txt: must be one line, that no other caption is, beside one image"),
-        (skyreel, "--images same_caption", "b.txt: must be one line, that no other caption is, beside one image"),
+        (skyreel, "--images without_image", "a.txt: must be one line beside one image"),
+        (skyreel, "--images two_images", "a.txt: must be one line beside one image"),
+        (skyreel, "--images two_lines", "a.txt: must be one line beside one image"),
+        (skyreel, "--images same_caption", "b.txt: must be one line beside one image"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(script, command, accepted, tmp_path, monkeypatch, capsys):

@@ -1,0 +1,313 @@
+"""grpo_sd14.py: what Stable Diffusion has of its own, which is guidance in the policy and DDIM's schedule."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+import grpo_sd14 as sd
+
+TINY = Path(__file__).resolve().parents[1] / "tiny"
+PROMPTS = ["a red circle on white", "a blue ring above a green square on black", "a cyan triangle on grey"]
+REWARDS = """
+def red(images, prompts):
+    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
+
+
+def cyan(images, prompts):
+    return -red(images, prompts)
+"""
+# Each figure that matters to a test is given here, so that no preset can change what is proved.
+SMALL = dict(
+    seed=0, eval_samples=1, guidance_scale=5, eta=0.7, num_inference_steps=3, sde_window=0, sde_window_range=(0, 0),
+    timestep_fraction=1, prompts_per_step=2, num_generations=4, num_updates=1, train_batch_size=8, clip_range=1e-2,
+    adv_clip_max=100, max_grad_norm=1e9, learning_rate=1e-3, adam_weight_decay=1e-2, ema_decay=0,
+)  # fmt: skip
+
+
+def make_run(folder, reward="red", **flags):
+    """A run of grpo_sd14.py, as main() would make it."""
+    (folder / "rewards.py").write_text(REWARDS)
+    (folder / "heldout.txt").write_text("\n".join(PROMPTS))
+    words = ["--output_dir", f"{folder}/run", "--eval_prompts", f"{folder}/heldout.txt"]
+    words += ["--reward", f"{folder}/rewards.py:{reward}", "--eval_reward", f"{folder}/rewards.py:red"]
+    for name, value in (SMALL | flags).items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, tuple):
+            words += [f"--{name}", *map(str, value)]
+        else:
+            words += [f"--{name}", str(value)]
+    return sd.make_run(sd.parse_args(words))
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    """Bitwise claims are about these kernels."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """A run that no test trains."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        return make_run(tmp_path_factory.mktemp("untrained"))
+
+
+def with_flags(run, **flags):
+    """The same models under other flags."""
+    return SimpleNamespace(**vars(run) | {"args": SimpleNamespace(**vars(run.args) | flags)})
+
+
+def state(run):
+    """Three latents, their cond, and the T timesteps of diffusers' own scheduler."""
+    scheduler = DDIMScheduler.from_pretrained(run.args.pretrained_model_name_or_path, subfolder="scheduler")
+    scheduler.set_timesteps(run.args.num_inference_steps)
+    latents = sd.init_latents(run.models, run.args, [sd.seeded(i) for i in range(3)])
+    return latents, sd.encode_prompts(run.models, run.args, PROMPTS), scheduler.timesteps
+
+
+# ---- GUIDANCE ----------------------------------------------------------------------------------------------------
+def separate(run, latents, timestep, cond):
+    """The unconditional and the conditional prediction, each by a call of its own."""
+    texts = (cond["negative_prompt_embeds"].float(), cond["prompt_embeds"].float())
+    return [run.models.policy(latents, timestep, text).sample for text in texts]
+
+
+def gradient(run, loss):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, run.parameters)])
+
+
+def test_the_unconditional_prompt_is_the_empty_one(untrained):
+    cond = sd.encode_prompts(untrained.models, untrained.args, PROMPTS)
+    empty = sd.encode_prompts(untrained.models, untrained.args, [""])["prompt_embeds"]
+    torch.testing.assert_close(cond["negative_prompt_embeds"], empty.expand_as(cond["prompt_embeds"]))
+    assert not torch.allclose(cond["prompt_embeds"][0], empty[0], atol=1e-2)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 1.5, 5.0])
+@torch.no_grad()
+def test_guidance_is_its_formula_at_every_timestep(scale, trained, untrained):
+    run = with_flags(untrained, guidance_scale=scale, train_unconditional=trained, num_inference_steps=7)
+    latents, cond, timesteps = state(run)
+    levels = sd.schedule(run.args).tolist()
+    for level, timestep in zip(levels[:-1], timesteps, strict=True):
+        uncond, conditional = separate(run, latents, timestep, cond)
+        guided = sd.predict(run.models.policy, run.args, latents, level, cond)
+        torch.testing.assert_close(guided, uncond + scale * (conditional - uncond), rtol=1e-4, atol=1e-4)
+        assert scale == 1 or (guided - conditional).norm() > 1e-4 * guided.norm()
+
+
+def test_guidance_1_asks_the_network_for_the_conditional_prediction_alone(untrained):
+    run = with_flags(untrained, guidance_scale=1)
+    latents, cond, _ = state(run)
+    texts = []
+    hook = run.models.policy.register_forward_pre_hook(lambda network, inputs: texts.append(inputs[2]))
+    sd.predict(run.models.policy, run.args, latents, float(sd.schedule(run.args)[1]), cond)
+    hook.remove()
+    assert len(texts) == 1 and torch.equal(texts[0], cond["prompt_embeds"])
+
+
+def guided_gradient(run, probe, latents, cond):
+    guided = sd.predict(run.models.policy, run.args, latents, float(sd.schedule(run.args)[1]), cond)
+    return gradient(run, (guided * probe).sum())
+
+
+def test_the_unconditional_prediction_is_trained_unless_told_otherwise(untrained):
+    """Guided g = u + w (c - u): the gradient is (1 - w) du + w dc, and w dc where u counts as a constant."""
+    latents, cond, timesteps = state(untrained)
+    probe = torch.randn(latents.shape, generator=sd.seeded("probe"))
+    du, dc = (gradient(untrained, (part * probe).sum()) for part in separate(untrained, latents, timesteps[1], cond))
+    assert du.norm() > 0.1 * dc.norm()
+    both = guided_gradient(untrained, probe, latents, cond)
+    one = guided_gradient(with_flags(untrained, train_unconditional=False), probe, latents, cond)
+    assert (both - (-4 * du + 5 * dc)).norm() < 1e-3 * both.norm()
+    assert (one - 5 * dc).norm() < 1e-3 * one.norm()
+
+
+def test_bf16_does_not_lose_the_gradient_of_the_conditional_prediction(untrained):
+    """autocast keeps the weights it has cast. Those that are cast under no_grad for the unconditional prediction must
+    not serve the conditional one."""
+    run = with_flags(untrained, mixed_precision="bf16", train_unconditional=False)
+    latents, cond, timesteps = state(run)
+    probe = torch.randn(latents.shape, generator=sd.seeded("probe"))
+    expected = gradient(run, 5 * (separate(run, latents, timesteps[1], cond)[1] * probe).sum())
+    assert (guided_gradient(run, probe, latents, cond) - expected).norm() < 0.1 * expected.norm()
+
+
+# ---- THE RATIO AND THE UPDATE ------------------------------------------------------------------------------------
+RATIO = [
+    dict(train_batch_size=1),
+    dict(train_batch_size=3),
+    dict(train_batch_size=3, guidance_scale=1),
+    dict(train_batch_size=1, train_unconditional=False),
+    dict(train_batch_size=3, train_unconditional=False),
+    dict(train_batch_size=3, mixed_precision="bf16"),
+    dict(train_batch_size=3, mixed_precision="bf16", train_unconditional=False, gradient_checkpointing=True),
+    dict(train_batch_size=3, mixed_precision="bf16", rank=4, lora_alpha=8, gradient_checkpointing=True),
+    dict(train_batch_size=3, best_of_n=2),
+    dict(train_batch_size=3, num_updates=2),
+    dict(train_last_transition=True, decode_x0=True),
+    dict(eta=1, sde_window=2, sde_window_range=(0, 0)),
+]
+
+
+@pytest.mark.parametrize("flags", RATIO, ids=lambda flags: "-".join(f"{k}={v}" for k, v in flags.items()))
+def test_ratio_is_exactly_1_before_the_first_update(flags, tmp_path):
+    run = make_run(tmp_path, **flags)
+    for iteration in range(2):  # the second rollout is that of trained weights
+        metrics = sd.train_step(run, iteration)
+        assert metrics["ratio_max_dev"] == 0.0 and metrics["grad_norm"] > 0
+        assert metrics["ratio_mean"] == 1 or run.args.num_updates > 1
+
+
+def test_another_guidance_in_the_update_stops_the_run(tmp_path, monkeypatch):
+    run = make_run(tmp_path)
+    predict = sd.predict
+
+    def without_guidance(policy, args, *rest):
+        scale = 1 if torch.is_grad_enabled() else args.guidance_scale
+        return predict(policy, SimpleNamespace(**vars(args) | {"guidance_scale": scale}), *rest)
+
+    monkeypatch.setattr(sd, "predict", without_guidance)
+    with pytest.raises(RuntimeError, match="ratio"):
+        sd.train_step(run, 0)
+
+
+@pytest.mark.parametrize("reward, sign", [("red", 1), ("cyan", -1)])
+def test_training_moves_held_out_ode_samples_the_way_the_reward_asks(reward, sign, tmp_path):
+    """One reward is the other's negative: the same machinery must push the same figure both ways."""
+    flags = dict(eta=1, sde_window=1, num_generations=8, train_batch_size=16, max_grad_norm=1, adam_weight_decay=0)
+    run = make_run(tmp_path, reward, **flags)
+    before = sd.evaluate(run, 0)
+    for iteration in range(4):
+        sd.train_step(run, iteration)
+    after = sd.evaluate(run, 4)
+    assert sign * (after["eval/red"] - before["eval/red"]) > 0.03
+
+
+# ---- DIFFUSERS ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "flags", [dict(height=32), dict(guidance_scale=1), dict(guidance_scale=2.5, num_inference_steps=7)]
+)
+def test_without_noise_a_rollout_is_the_call_of_the_pipeline(flags, untrained, monkeypatch):
+    run = with_flags(untrained, **flags)
+    args, pipe = run.args, run.models.pipe
+    latents, cond, _ = state(run)
+    trajectory, log_probs, samples = sd.rollout(run, latents, cond, [0.0] * args.num_inference_steps)
+    monkeypatch.setattr(pipe, "scheduler", DDIMScheduler.from_config(pipe.scheduler.config))
+    pipe.set_progress_bar_config(disable=True)
+    call = dict(prompt=PROMPTS, latents=latents, num_inference_steps=args.num_inference_steps,
+                guidance_scale=args.guidance_scale, height=args.height, width=64)  # fmt: skip
+    expected = pipe(**call, output_type="latent").images
+    torch.testing.assert_close(trajectory[:, -1], expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(samples, pipe(**call, output_type="pt").images, rtol=0, atol=1e-4)
+    assert expected.std() > 0.1 and trajectory.shape == (3, args.num_inference_steps + 1, 16, args.height // 8, 8)
+    assert log_probs.isnan().all()  # no noise, no density
+
+
+def test_with_noise_a_step_is_that_of_diffusers(untrained):
+    """The noise of our own draw, given to DDIMScheduler.step."""
+    run = untrained
+    latents, cond, timesteps = state(run)
+    trajectory = sd.rollout(run, latents, cond, [0.7] * 3, [sd.seeded("noise", i) for i in range(3)])[0]
+    ddim = DDIMScheduler.from_config(run.models.pipe.scheduler.config)
+    ddim.set_timesteps(3)
+    sources = [sd.seeded("noise", i) for i in range(3)]
+    for i, timestep in enumerate(timesteps):
+        with torch.no_grad():
+            output = sd.predict(run.models.policy, run.args, trajectory[:, i], float(sd.schedule(run.args)[i]), cond)
+        noise = torch.cat([torch.randn(1, 16, 8, 8, generator=source) for source in sources])
+        following = ddim.step(output, timestep, trajectory[:, i], eta=0.7, variance_noise=noise).prev_sample
+        torch.testing.assert_close(trajectory[:, i + 1], following, rtol=1e-4, atol=1e-4)
+
+
+# ---- THE COMMAND LINE --------------------------------------------------------------------------------------------
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """The working directory: configs of the tiny model under other schedulers. To load a model fails the test."""
+    monkeypatch.setattr(sd, "load_models", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.chdir(tmp_path)
+    ours = json.loads((TINY / "sd14/scheduler/scheduler_config.json").read_text())
+    configs = {
+        "trailing": ours | {"timestep_spacing": "trailing"},
+        "velocity": ours | {"prediction_type": "v_prediction"},
+        "to_one": ours | {"set_alpha_to_one": True},
+        "published": {  # as old as Stable Diffusion v1.4, a config names no spacing, no prediction type, no clipping
+            "_class_name": "PNDMScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
+            "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
+        },
+    }  # fmt: skip
+    for name, config in configs.items():
+        for part in ("model_index.json", "vae/config.json", "unet/config.json"):
+            Path(name, part).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(TINY / "sd14" / part, Path(name, part))
+        Path(name, "scheduler").mkdir()
+        Path(name, "scheduler/scheduler_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "command, accepted",
+    [
+        ("--eta 1.5", "to 1"),
+        ("--guidance_scale 0.5", "from 1"),
+        ("--num_inference_steps 1000", "below 1000"),
+        ("--num_inference_steps 12 --model trailing", "trailing, 83 apart"),  # 1000/12 = 83.3: 83 and 84
+        ("--model velocity", "epsilon"),
+        ("--train_last_transition --model to_one", "no noise"),
+        (f"--model {TINY}/flux", "StableDiffusionPipeline"),
+        ("--height 60", "multiple of 8"),
+        ("--shift 3", "unrecognized"),
+        ("--eta_schedule flow_grpo", "unrecognized"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(command, accepted, models, capsys):
+    with pytest.raises(SystemExit) as stop:
+        sd.main(command.split())
+    output = capsys.readouterr()
+    assert stop.value.code == 2 and output.out == "" and output.err.count("\n") == 1
+    assert command.split()[0] in output.err and accepted in output.err, output.err
+    assert not Path("outputs").exists()
+
+
+@pytest.mark.parametrize("command", ["--num_inference_steps 10 --model trailing", "--eta 1 --model to_one"])
+def test_what_is_next_to_it_is_accepted(command, models):
+    sd.parse_args(command.split())
+
+
+@pytest.mark.parametrize("model", [f"{TINY}/sd14", "published"])
+def test_the_schedule_is_that_of_diffusers_for_any_number_of_steps(model, models):
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    alphas = torch.cumprod(1 - betas, 0)
+    for steps in (2, 3, 7, 12, 25, 50, 333, 999):
+        args = sd.parse_args(["--num_inference_steps", str(steps), "--model", model, "--sde_window", "0"])
+        timesteps = torch.arange(steps - 1, -1, -1) * (1000 // steps) + 1
+        expected = torch.cat([alphas[timesteps], alphas[:1]])
+        torch.testing.assert_close(sd.schedule(args), expected, rtol=1e-5, atol=0)
+
+
+# Table 6 is declared for runs without guidance: its four updates become one by appendix C, and its eta of 0.3 the
+# script's 1. The script makes two updates, draws 16 samples a prompt and trains all steps.
+SHARED = dict(
+    learning_rate=1e-5, max_grad_norm=1.0, prompts_per_step=32, clip_range=1e-4, eta=1.0, num_inference_steps=50,
+    guidance_scale=5.0, train_unconditional=True, init_same_noise=True, sde_window=0, rank=0, mixed_precision="bf16",
+    height=512, width=512, best_of_n=0, adv_clip_max=5.0, adam_weight_decay=1e-4, train_last_transition=False,
+    decode_x0=False, max_train_steps=300, train_batch_size=4, checkpointing_steps=50, ema_decay=0.0,
+    pretrained_model_name_or_path="CompVis/stable-diffusion-v1-4",
+)  # fmt: skip
+PAPER = SHARED | dict(num_generations=12, timestep_fraction=0.6, num_updates=1)
+OFFICIAL = SHARED | dict(num_generations=16, timestep_fraction=1.0, num_updates=2)
+
+
+@pytest.mark.parametrize("preset, source", [("paper", PAPER), ("official", OFFICIAL)])
+def test_a_preset_is_its_source(preset, source, monkeypatch):
+    monkeypatch.setattr(sd, "check_model", lambda args: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    args = sd.parse_args(["--preset", preset, "--prompts", f"{TINY}/prompts.txt"])
+    assert {name: getattr(args, name) for name in source} == source
