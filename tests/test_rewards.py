@@ -146,7 +146,7 @@ def offline(monkeypatch):
         raise AssertionError(f"download of {args}")
 
     for name in ("hf_hub_download", "snapshot_download"):
-        monkeypatch.setattr(rewards, name, refuse)
+        monkeypatch.setattr(rewards.huggingface_hub, name, refuse)
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
 
 
@@ -417,7 +417,7 @@ def test_hps_from_its_own_file_equals_the_converted_folder(tmp_path, monkeypatch
     monkeypatch.setattr(rewards, "VIT_H_14", config.to_dict())
     words = tmp_path / "words"
     tokenizer().save_pretrained(words)
-    monkeypatch.setattr(rewards, "snapshot_download", lambda *a, **k: str(words))
+    monkeypatch.setattr(rewards.huggingface_hub, "snapshot_download", lambda *a, **k: str(words))
     downloads = []
     monkeypatch.setattr(
         rewards, "hf_hub_download", lambda *a, **k: downloads.append((a, k)) or str(file)
@@ -505,7 +505,7 @@ def test_repositories_are_downloaded_at_a_commit(tmp_path, monkeypatch):
         asked.append((repository, revision, allow_patterns[-1]))
         return folder
 
-    monkeypatch.setattr(rewards, "snapshot_download", download)
+    monkeypatch.setattr(rewards.huggingface_hub, "snapshot_download", download)
     rewards.load_rewards(["clip", "pick"])
     rewards.load_rewards(["clip"], {"clip": rewards.LAION})
     rewards.load_rewards(["clip"], {"clip": "someone/clip@0123abc"})

@@ -33,7 +33,7 @@ def offline(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError(f"download of {args}")
 
-    monkeypatch.setattr(rewards, "snapshot_download", refuse)
+    monkeypatch.setattr(rewards.huggingface_hub, "snapshot_download", refuse)
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
 
 
@@ -307,7 +307,7 @@ def test_the_original_layout_gives_the_same_scores(source, tmp_path, monkeypatch
         asked.append(address)
         Path(file).write_text(template)
 
-    monkeypatch.setattr(rewards, "snapshot_download", snapshot)
+    monkeypatch.setattr(rewards.huggingface_hub, "snapshot_download", snapshot)
     monkeypatch.setattr(torch.hub, "download_url_to_file", url)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     original = rewards.load_rewards(["vq", "mq", "ta"])
