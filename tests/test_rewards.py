@@ -339,7 +339,7 @@ def test_each_image_is_compared_with_its_own_prompt(tmp_path, chunk_size):
     reward = rewards.load_rewards(["pick", "hps", "clip"], folders, chunk_size=chunk_size)
     images = noise()
     scores = reward(images, PROMPTS)
-    assert list(scores) == reward.names == ["pick", "hps", "clip"]  # the order asked for
+    assert list(scores) == reward.labels == ["pick", "hps", "clip"]  # the order asked for
     for name, score in scores.items():
         assert score.dtype == torch.float32 and not score.requires_grad
         wanted = one_by_one(folders[name], FITS[name], images, PROMPTS)
@@ -420,7 +420,7 @@ def test_hps_from_its_own_file_equals_the_converted_folder(tmp_path, monkeypatch
     monkeypatch.setattr(rewards.huggingface_hub, "snapshot_download", lambda *a, **k: str(words))
     downloads = []
     monkeypatch.setattr(
-        rewards, "hf_hub_download", lambda *a, **k: downloads.append((a, k)) or str(file)
+        rewards.huggingface_hub, "hf_hub_download", lambda *a, **k: downloads.append((a, k)) or str(file)
     )
     given_path = rewards.load_rewards(["hps"], {"hps": str(file)})
     assert not downloads
@@ -492,7 +492,7 @@ def test_a_folder_must_hold_exactly_a_clip_model(tmp_path, change):
         state[key] = torch.arange(12)[None]
     save_file(state, tmp_path / "clip" / "model.safetensors", {"format": "pt"})
     if change == "position_ids":  # a buffer that files of older releases contain
-        assert rewards.load_rewards(["clip"], {"clip": folder}).names == ["clip"]
+        assert rewards.load_rewards(["clip"], {"clip": folder}).labels == ["clip"]
     else:
         with pytest.raises(ValueError, match="not a CLIPModel"):
             rewards.load_rewards(["clip"], {"clip": folder})
@@ -625,7 +625,7 @@ def own(tmp_path):
 def test_own_functions(own):
     names = [f"{own}:{f}" for f in ("as_tensor", "as_array", "as_list")]
     reward = rewards.load_rewards([names[0], "jpeg", *names[1:]])
-    assert reward.names == ["as_tensor", "jpeg", "as_array", "as_list"]
+    assert reward.labels == ["as_tensor", "jpeg", "as_array", "as_list"]
     images = rewards.quantise(noise())
     wanted = images.mean((1, 2, 3)) + torch.tensor([len(p) for p in PROMPTS])
     scores = reward(images, PROMPTS)
