@@ -22,6 +22,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import grpo_flux  # noqa: E402
+import harness  # noqa: E402
 
 
 def seconds(function):
@@ -35,23 +36,24 @@ def seconds(function):
 def bare_iteration(run):
     """The calls of one iteration and nothing else, on prepared inputs of the same shapes."""
     args, models = run.args, run.models
-    prompts = grpo_flux.prompts_of_step(run.prompts, 0, args.prompts_per_step, 0)
-    prompts = [p for p in prompts for _ in range(args.num_generations)]
-    cond = grpo_flux.encode_prompts(models, prompts)
-    latents = grpo_flux.init_latents(models, args, [grpo_flux.seeded(i) for i in range(len(prompts))])
-    batches = torch.arange(len(prompts)).split(args.train_batch_size)
-    inputs = [(latents[b], {k: v[b] for k, v in cond.items()}, [prompts[i] for i in b]) for b in batches]
+    batch = harness.prompts_of_step(run.prompts, 0, args.prompts_per_step, 0)
+    prompts = [prompt for prompt in batch for _ in range(args.num_generations)]
+    cond = harness.conditions(run, prompts)
+    latents = grpo_flux.init_latents(models, args, [harness.seeded(i) for i in range(len(prompts))])
+    inputs = []
+    for rows in torch.arange(len(prompts)).split(args.train_batch_size):
+        inputs.append((latents[rows], grpo_flux.take(cond, rows, run.device), [prompts[i] for i in rows]))
     trained = args.sde_window or args.num_inference_steps - 1
 
     def calls():
         with torch.no_grad():
-            for x, c, words in inputs:
+            for x, cond, prompts in inputs:
                 for _ in range(args.num_inference_steps):
-                    grpo_flux.predict(models, args, x, 0.5, c)
-                run.reward(grpo_flux.decode(models, args, x), words)
-        for x, c, _ in inputs:
+                    grpo_flux.predict(models.policy, args, x, 0.5, cond)
+                run.rewards(grpo_flux.decode(models, args, x), prompts)
+        for x, cond, _ in inputs:
             for _ in range(trained):
-                grpo_flux.predict(models, args, x, 0.5, c).mean().backward()
+                grpo_flux.predict(models.policy, args, x, 0.5, cond).mean().backward()
 
     return calls
 
@@ -68,16 +70,20 @@ def main():
         default = make_run(f"{folder}/default")
         # Two prompts are enough to see the rate at micro-batch 1.
         single = make_run(f"{folder}/single", "--train_batch_size", "1", "--prompts_per_step", "2")
-        bare, step, loop_times, bare_times, gains = bare_iteration(default), 0, [], [], []
-        for round_ in range(rounds + 1):  # the first is a warm-up
-            loop_time, bare_time = seconds(lambda: grpo_flux.train_step(default, step)), seconds(bare)
+        bare = bare_iteration(default)
+        loop_times = []
+        bare_times = []
+        gains = []
+        for step in range(rounds + 1):
+            loop_time = seconds(lambda: grpo_flux.train_step(default, step))
+            bare_time = seconds(bare)
             single_time = seconds(lambda: grpo_flux.train_step(single, step))
-            step += 1
-            if round_:
-                loop_times.append(loop_time)
-                bare_times.append(bare_time)
-                gains.append((default.args.prompts_per_step / loop_time) / (single.args.prompts_per_step / single_time))
-        ratios = [a / b for a, b in zip(loop_times, bare_times)]
+            if step == 0:  # a warm-up
+                continue
+            loop_times.append(loop_time)
+            bare_times.append(bare_time)
+            gains.append((default.args.prompts_per_step / loop_time) / (single.args.prompts_per_step / single_time))
+        ratios = [loop / bare for loop, bare in zip(loop_times, bare_times)]
         print(f"iteration      {statistics.median(loop_times):.2f} s, bare calls {statistics.median(bare_times):.2f} s")
         print(f"loop_overhead  {statistics.median(ratios):.3f}  (rounds: {' '.join(f'{r:.3f}' for r in ratios)})")
         print(f"batch_gain     {statistics.median(gains):.2f}  (rounds: {' '.join(f'{g:.2f}' for g in gains)})")
