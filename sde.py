@@ -214,9 +214,7 @@ def step_etas(sigmas, eta, schedule="constant", window=None):
     return etas  # (T,)
 
 
-def flow_sde_step(
-    velocity, latents, sigma, sigma_next, eta, next_latents=None, generator=None, form="sde"
-):
+def flow_sde_step(velocity, latents, sigma, sigma_next, eta, next_latents=None, generator=None, form="sde"):
     """One transition of the flow SDE. Samples next_latents, or scores them if they are given.
 
     velocity, latents       (B, *L)

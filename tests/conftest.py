@@ -3,4 +3,5 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # what is not here is not to be had: else each refusal waits for the network
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait do not take the core from other processes
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

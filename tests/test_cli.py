@@ -179,7 +179,10 @@ def test_prompts_of_the_hub_are_downloaded_at_their_revision(folder, monkeypatch
     for address, revision in (("owner/name/data/some.jsonl", None), ("owner/name@v1/data/some.jsonl", "v1")):
         g.parse_args(["--prompts", f"hf://datasets/{address}"])
         assert asked[-1] == (("owner/name", "data/some.jsonl"), {"repo_type": "dataset", "revision": revision})
-    assert harness.read_prompts("--prompts", "hf://datasets/owner/name/data/some.jsonl") == ["a red circle", "a blue ring"]
+    assert harness.read_prompts("--prompts", "hf://datasets/owner/name/data/some.jsonl") == [
+        "a red circle",
+        "a blue ring",
+    ]
 
 
 @pytest.mark.parametrize("script", ["grpo_flux", "grpo_sd14", "grpo_hunyuan_video", "grpo_skyreel_i2v"])
@@ -208,6 +211,7 @@ def test_prompts_that_the_hub_has_not_are_refused_in_one_line(folder, capsys, mo
 
 def test_weights_that_are_not_as_pinned_end_the_run_with_one_line(folder, monkeypatch):
     """Found where they are loaded: before the first step, with nothing written."""
+
     def refuse(*args):
         raise ValueError("HPS_v2.1_compressed.pt: sha256 0, not 1;\ndownload it again")
 

@@ -129,7 +129,9 @@ def test_the_table_of_real_weights_tells_the_work_of_an_iteration(script, preset
     work = tflop(script, **size) * (samples * T + trained * steps * passes) / 1000
     paid, total = sizes(script, args.rank, args.lora_alpha)
     memory = (16 * paid + 2 * (total - paid)) / 2**30
-    (row,) = re.findall(rf"\| `{script}.py --preset {preset}` \|(.*)", (harness.HERE / "docs/real_weights.md").read_text())
+    (row,) = re.findall(
+        rf"\| `{script}.py --preset {preset}` \|(.*)", (harness.HERE / "docs/real_weights.md").read_text()
+    )
     cells = [cell.strip() for cell in row.split("|")]
     assert cells[:4] == [f"{paid / 1e9:.2f}", f"{memory:.0f}", f"{work:,.0f}", f"{work * 1e15 / 400e12 / 3600:.2g}"]
 

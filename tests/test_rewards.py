@@ -60,10 +60,7 @@ class Visual(nn.Module):
 
     def forward(self, x):
         x = self.conv1(x).flatten(2).mT
-        x = (
-            torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
-            + self.positional_embedding
-        )
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1) + self.positional_embedding
         return self.ln_post(self.transformer(self.ln_pre(x))[:, 0]) @ self.proj
 
 
@@ -76,9 +73,7 @@ class OpenClip(nn.Module):
         size = (t.num_attention_heads, t.intermediate_size, t.num_hidden_layers)
         self.transformer = Tower(t.hidden_size, *size, act)
         self.token_embedding = nn.Embedding(t.vocab_size, t.hidden_size)
-        self.positional_embedding = nn.Parameter(
-            torch.zeros(t.max_position_embeddings, t.hidden_size)
-        )
+        self.positional_embedding = nn.Parameter(torch.zeros(t.max_position_embeddings, t.hidden_size))
         self.ln_final = nn.LayerNorm(t.hidden_size)
         self.text_projection = nn.Parameter(torch.zeros(t.hidden_size, embed))
         self.logit_scale = nn.Parameter(torch.tensor(1.0))
@@ -119,9 +114,7 @@ def tokenizer(length=12):
     vocabulary |= {f"<spare{i}>": i for i in range(len(vocabulary), 18)} | {"<s>": 18, "<e>": 19}
     fast = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     fast.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast.post_processor = processors.TemplateProcessing(
-        single="<s> $A <e>", special_tokens=[("<s>", 18), ("<e>", 19)]
-    )
+    fast.post_processor = processors.TemplateProcessing(single="<s> $A <e>", special_tokens=[("<s>", 18), ("<e>", 19)])
     return PreTrainedTokenizerFast(
         tokenizer_object=fast, pad_token="<pad>", unk_token="<unk>", eos_token="<e>",
         model_max_length=length,
@@ -197,9 +190,7 @@ def test_key_map_refuses_an_unknown_name():
 # ---- Pixels --------------------------------------------------------------------------------------
 def pil_resize(image, height, width):
     """Pillow's bicubic in floating point, channel by channel: an independent antialiased resize."""
-    channels = [
-        Image.fromarray(c.numpy(), "F").resize((width, height), Image.BICUBIC) for c in image
-    ]
+    channels = [Image.fromarray(c.numpy(), "F").resize((width, height), Image.BICUBIC) for c in image]
     return torch.tensor(np.stack([np.asarray(c) for c in channels]))
 
 
@@ -282,9 +273,7 @@ def test_squash_and_crop_agree_with_pillow(source):
 
 def test_crop_rounds_the_long_side_in_the_order_of_clip(monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        rewards, "resize", lambda x, h, w: asked.append((h, w)) or torch.zeros(1, 3, h, w)
-    )
+    monkeypatch.setattr(rewards, "resize", lambda x, h, w: asked.append((h, w)) or torch.zeros(1, 3, h, w))
     for height, width in ((165, 110), (160, 165)):  # 224 * (165 / 110) is 335.99999999999994
         rewards.centre_crop(torch.zeros(1, 3, height, width), 224)
     assert asked == [(336, 224), (224, 231)]
@@ -304,9 +293,7 @@ def test_quantise_is_what_a_png_keeps_and_is_idempotent(values):
 def test_rewards_see_the_image_that_is_saved(tmp_path):
     reward = rewards.load_rewards(["clip"], {"clip": clip_folder(tmp_path / "clip")})
     images = noise() * 1.4 - 0.2
-    assert torch.equal(
-        reward(images, PROMPTS)["clip"], reward(rewards.quantise(images), PROMPTS)["clip"]
-    )
+    assert torch.equal(reward(images, PROMPTS)["clip"], reward(rewards.quantise(images), PROMPTS)["clip"])
 
 
 # ---- CLIP rewards --------------------------------------------------------------------------------
@@ -315,12 +302,8 @@ def one_by_one(folder, fit, images, prompts):
     model, tokens = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval(), tokenizer()
     scores = []
     for image, prompt in zip(rewards.quantise(images), prompts, strict=True):
-        pixels = (
-            fit(image[None], model.config.vision_config.image_size) - rewards.CLIP_MEAN
-        ) / rewards.CLIP_STD
-        ids = tokens(
-            prompt, padding="max_length", truncation=True, max_length=12, return_tensors="pt"
-        )
+        pixels = (fit(image[None], model.config.vision_config.image_size) - rewards.CLIP_MEAN) / rewards.CLIP_STD
+        ids = tokens(prompt, padding="max_length", truncation=True, max_length=12, return_tensors="pt")
         with torch.no_grad():
             a = model.get_image_features(pixel_values=pixels).pooler_output
             b = model.get_text_features(input_ids=ids.input_ids).pooler_output
@@ -333,9 +316,7 @@ FITS = {"hps": rewards.letterbox, "clip": rewards.squash, "pick": rewards.centre
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 64])
 def test_each_image_is_compared_with_its_own_prompt(tmp_path, chunk_size):
-    folders = {
-        n: clip_folder(tmp_path / n, seed, dtype=torch.float16) for seed, n in enumerate(FITS)
-    }
+    folders = {n: clip_folder(tmp_path / n, seed, dtype=torch.float16) for seed, n in enumerate(FITS)}
     reward = rewards.load_rewards(["pick", "hps", "clip"], folders, chunk_size=chunk_size)
     images = noise()
     scores = reward(images, PROMPTS)
@@ -382,9 +363,7 @@ def test_sizes_come_from_the_model(tmp_path):
     long = "a red circle on white and many words more than seven"
     assert reward(noise(2), [long, "a"])["clip"].shape == (2,)
     # What fits is kept, the end token last: words past the seventh token change nothing.
-    assert torch.equal(
-        *(reward.rewards["clip"].text_features([p]) for p in (long, long + " black"))
-    )
+    assert torch.equal(*(reward.rewards["clip"].text_features([p]) for p in (long, long + " black")))
 
 
 @pytest.mark.parametrize(
@@ -520,9 +499,7 @@ def test_repositories_are_downloaded_at_a_commit(tmp_path, monkeypatch):
 def aesthetic_head(inputs):
     widths = [inputs, 1024, 128, 64, 16, 1]
     linears = [nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)]
-    layers = [
-        m for pair in zip(linears[:3], [nn.Dropout() for _ in range(3)], strict=True) for m in pair
-    ]
+    layers = [m for pair in zip(linears[:3], [nn.Dropout() for _ in range(3)], strict=True) for m in pair]
     chain = nn.Module()
     chain.layers = nn.Sequential(*layers, *linears[3:])
     return chain.eval().requires_grad_(False)

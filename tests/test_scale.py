@@ -84,7 +84,9 @@ def train(start, tmp_path):
     """train(processes, folder, words) -> its metrics, of a run that has to end well."""
 
     def run(processes, folder, *words, script="grpo_flux.py", reward="rewards.py:red"):
-        process = start(processes, ROOT / script, *FEW, "--reward", reward, "--eval_reward", reward, "--output_dir", folder, *words)
+        process = start(
+            processes, ROOT / script, *FEW, "--reward", reward, "--eval_reward", reward, "--output_dir", folder, *words
+        )
         output = process.communicate(timeout=300)[0]
         assert process.returncode == 0, output
         return [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]

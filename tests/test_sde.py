@@ -214,7 +214,10 @@ def by_the_comments(kind, output, latents, point):
         return sp.lambdify((X0, EPS, SIGMA1, ETA), step, "numpy")(x0, noise, next_level, eta)
     alpha, sigma = math.sqrt(level), math.sqrt(1 - level)
     if kind == "epsilon":
-        x0, noise = sp.lambdify((X, EPS, ALPHA, SIGMA), formula(22, "x̂0"), "numpy")(latents, output, alpha, sigma), output
+        x0, noise = (
+            sp.lambdify((X, EPS, ALPHA, SIGMA), formula(22, "x̂0"), "numpy")(latents, output, alpha, sigma),
+            output,
+        )
     else:
         both = [formula(23, "x̂0"), formula(23, "ε̂")]
         x0, noise = sp.lambdify((X, V, ALPHA, SIGMA), both, "numpy")(latents, output, alpha, sigma)
@@ -319,7 +322,11 @@ BAD_CALLS = [  # kind, point, what the error says
     ("epsilon", (0.5, 0.6, 1.01), "eta"), ("epsilon", (0.5, 0.6, torch.tensor([0.3, 1.3])), "eta"),
 ]  # fmt: skip
 UNSCORED = [("sde", (0.5, 0.4, 0)), ("sde", (0.5, 0.4, torch.tensor([0.3, 0.0]))), ("cps", (0.5, 0.0, 0.5))]
-UNSCORED += [("epsilon", (0.5, 0.6, 0)), ("epsilon", (0.5, 0.6, torch.tensor([0.3, 0.0]))), ("epsilon", (0.5, 1.0, 0.3))]
+UNSCORED += [
+    ("epsilon", (0.5, 0.6, 0)),
+    ("epsilon", (0.5, 0.6, torch.tensor([0.3, 0.0]))),
+    ("epsilon", (0.5, 1.0, 0.3)),
+]
 
 
 def test_bad_calls_raise():
