@@ -6,10 +6,10 @@ Panels 1 to 3 sample the same data. The ODE draws them; the SDE draws them, too,
 leaves too much noise, sde.py (14). The grey background is the exact density at every noise level.
 
 Panel 4 is GRPO with the reward r(x) = x. The policy is the velocity of two Gaussians whose weights and centres are learned.
-A KL penalty of strength β keeps its density near the data's density p. The density with the largest reward - β KL is known:
-p(x) exp(r(x)/β)/Z, where Z makes the integral 1. This is the exact tilted answer, and for r(x) = x it is two Gaussians again:
-each centre moves by s²/β, and each weight grows by the factor exp(centre/β), before the weights are normalised. Without the
-KL there is no best density, since the centres could move to the right for ever.
+A KL penalty of strength β keeps its density near the data's density p. The density that maximises E[r] - β KL is
+known: p(x) exp(r(x)/β)/Z, where Z makes the integral 1. We call it the exact tilted answer. For r(x) = x it is two
+Gaussians again. Each centre moves by s²/β, and each weight grows by the factor exp(centre/β), before the weights are
+normalised. Without the KL there is no best density, since the centres could move to the right for ever.
 """
 
 import sys
@@ -96,7 +96,7 @@ def grpo(generator, iterations=100, group_size=500, num_steps=25, eta=1.0, clip_
 
 
 def draw(axes, title, trajectory, exact):
-    """30 trajectories over the exact density of each noise level; beside them, where all of them end."""
+    """Plots 30 trajectories over the exact density of each noise level, and beside them all end points."""
     grid = torch.linspace(-2.5, 2.5, 251)[:, None]
     levels = torch.linspace(1, 0, 101)
     density = torch.stack([log_density(exact, grid, sigma).exp() for sigma in levels], 1)

@@ -4,7 +4,7 @@
     python grpo_sd14.py --preset lora --prompts prompts.txt --reward hps clip --reward_weights 0.7 1.4
 
 The algorithm (paper, Algorithm 1; symbols as in sde.py). The numbers return in `train_step`.
-  1 draw a batch of prompts; the weights as they are now are the old policy
+  1 draw a batch of prompts; the current weights are the old policy
   2 draw one initial noise for each prompt, shared by its group of G samples
   3 roll out G trajectories for each prompt with the SDE; keep latents and log-probabilities
   4 score the decoded samples with each reward model
@@ -84,17 +84,17 @@ def parse_args(argv=None):
     flag("--num_inference_steps", type=count, help="T, in training and in evaluation")
     flag("--eta", type=fraction, default=1.0, help="strength of the SDE's noise, at most 1 (script)")
     flag("--sde_window", type=whole, default=0, metavar="LENGTH", help="steps with noise, the ODE elsewhere; 0: all")
-    flag("--sde_window_range", nargs=2, type=whole, default=[0, 0], metavar=("FIRST", "LAST"), help="of its start")
+    flag("--sde_window_range", nargs=2, type=whole, default=[0, 0], metavar=("FIRST", "LAST"), help="window's start")
     flag("--init_same_noise", action=switch, default=True, help="one initial noise for a group (Algorithm 1)")
     flag("--decode_x0", action=switch, default=False, help="decode the last step's x0, not its latents (authors' code)")
-    flag("--train_last_transition", action=switch, default=False, help="with --decode_x0 its noise is in no reward")
+    flag("--train_last_transition", action=switch, default=False, help="with --decode_x0 no reward sees its noise")
     # GRPO
     flag("--prompts_per_step", type=count, help="prompts in an iteration")
     flag("--num_generations", type=count, default=12, help="G, samples for each prompt (Table 6)")
     flag("--best_of_n", type=whole, default=0, metavar="K", help="train on the K/2 best and worst of a group; 0: all")
     flag("--timestep_fraction", type=fraction, default=0.6, help="share of the transitions that is trained (Table 6)")
     flag("--num_updates", type=count, help="optimizer steps in an iteration")
-    flag("--clip_range", type=fraction_below_1, default=1e-4, help="of the ratio of mean log-probabilities (Table 6)")
+    flag("--clip_range", type=fraction_below_1, default=1e-4, help="the ratio is clipped to 1 +- this (Table 6)")
     flag("--adv_clip_max", type=positive, default=5.0, help="clamp of the advantage (script)")
     flag("--ratio_tolerance", type=not_negative, default=0.0, help="largest |ratio - 1| before the first update")
     # optimization
@@ -242,8 +242,8 @@ def etas_of_iteration(args, iteration):
 
 @torch.no_grad()
 def rollout(run, latents, cond, etas, generators=None):
-    """Samples a micro-batch: initial noise (b, *L), etas (T,) -> the trajectory (b, T+1, *L), log_probs (b, T), which
-    are NaN at steps of the ODE, and the decoded samples."""
+    """Samples a micro-batch: initial noise (b, *L), etas (T,) -> trajectory (b, T+1, *L), log_probs (b, T), decoded
+    samples. A log_prob is NaN at a step of the ODE."""
     args, models = run.args, run.models
     trajectory = [latents]
     log_probs = []
@@ -259,11 +259,12 @@ def rollout(run, latents, cond, etas, generators=None):
 
 
 def group_advantages(rewards, weights, group_size):
-    """rewards (B, K), the rows of a group adjacent, weights (K,) -> advantages (B,) in float64, number of flat groups.
+    """rewards (B, K), weights (K,) -> advantages (B,) in float64, number of flat groups. A group's rows are adjacent.
 
-    A = sum_k w_k (r_k - mean_k) / std_k in each group (paper, Algorithm 1, line 8). Rewards of different scales add up
-    only after each is standardised. In float32 the mean of equal scores can be off by one rounding, and the division
-    would blow that up: hence float64. A group whose scores differ by no more than float32's rounding has advantage 0.
+    A = sum_k w_k (r_k - mean_k) / std_k in each group (paper, Algorithm 1, line 8). Rewards differ in scale, so each
+    is standardised before they are added. In float32 the mean of equal scores can be off by one rounding, and the
+    division would blow that up: hence float64. A group is flat if its scores differ by no more than float32's
+    rounding. Then its advantage is 0.
     """
     groups = rewards.double().view(-1, group_size, rewards.shape[1])  # (B/G, G, K)
     centred = groups - groups.mean(1, keepdim=True)
@@ -281,7 +282,7 @@ def best_and_worst(advantages, group_size, keep):
 
 
 def micro_batches(rows, args):
-    """num_updates lists of micro-batches. Each update takes whole samples, with all their chosen transitions."""
+    """One list of micro-batches for each update. Each update takes whole samples, with all their chosen transitions."""
     return [update.split(args.train_batch_size) for update in rows.chunk(args.num_updates)]
 
 
@@ -320,7 +321,7 @@ def train_step(run, iteration):
     G = args.num_generations
     start = time.time()
 
-    # 1: of several processes each takes some of the groups. The rows of a group are adjacent.
+    # 1: each process takes its share of the groups. The rows of a group are adjacent.
     groups = harness.share(args.prompts_per_step).tolist()
     batch = harness.prompts_of_step(run.prompts, iteration, args.prompts_per_step, args.seed)
     prompts = [batch[group] for group in groups for _ in range(G)]
@@ -331,8 +332,8 @@ def train_step(run, iteration):
     sources = [row // G if args.init_same_noise else row for row in rows]
     noise = init_latents(models, args, [seeded(args.seed, "init", iteration, source) for source in sources])
 
-    # 3, 4: in the micro-batches of the update, since a kernel may round a row by the size of its batch. Samples are
-    # scored at once and dropped. Trajectories wait on the CPU: a GPU has no room for those of a whole iteration.
+    # 3, 4: use the micro-batches of the update, since a kernel's rounding may depend on the size of a batch. Samples
+    # are scored at once and dropped. Trajectories wait on the CPU: a GPU has no room for those of a whole iteration.
     etas = etas_of_iteration(args, iteration)
     trajectories = torch.empty(len(rows), len(etas) + 1, *noise.shape[1:])  # (B, T+1, *L)
     old_log_probs = torch.empty(len(rows), len(etas), device=device)  # (B, T)
@@ -346,7 +347,7 @@ def train_step(run, iteration):
             scored.append(run.rewards(samples, [prompts[i] for i in b]))
     scores = {name: torch.cat([part[name] for part in scored]) for name in scored[0]}  # {name: (B,)}
 
-    # 5: best-of-N keeps the advantages of the whole group.
+    # 5: best-of-N selects rows after the whole group is normalised.
     objectives = binary(scores, args.reward_thresholds) if args.reward_thresholds else scores
     weights = torch.tensor(args.reward_weights or [1.0] * len(scores))
     advantages, flat_groups = group_advantages(torch.stack([*objectives.values()], 1).cpu(), weights, G)
@@ -394,7 +395,7 @@ def train_step(run, iteration):
 
 
 def check_ratio(ratios, args, iteration):
-    """Before the first update the ratio is 1 by definition. Anything else is a fault of the program and stops it."""
+    """Before the first update the ratio is 1 by definition. Anything else is a bug and stops the run."""
     deviation = float((ratios - 1).abs().max())
     if not deviation <= args.ratio_tolerance:
         wanted = f"it has to be 0, or at most --ratio_tolerance {args.ratio_tolerance:g}"
@@ -430,7 +431,7 @@ def metrics_of(run, scores, advantages, flat_groups, first_ratios, seen, start):
 @torch.no_grad()
 def evaluate(run, iteration):
     """Samples the held-out prompts with the ODE, from noise that is the same in every evaluation of every run. Returns
-    eval/<name> and eval_std/<name>: mean and spread over the samples. Draws one sample of each of the first prompts.
+    eval/<name> and eval_std/<name>: mean and spread over the samples. Plots one sample of each of the first prompts.
 
     The ODE is what users run, and it is the harder test: a policy can gain reward by its noise alone."""
     args, models, device = run.args, run.models, run.device

@@ -360,7 +360,7 @@ def keep_last_iteration(run):
             "a LoRA, or torchrun on more GPUs, in a new run"
         ) from error
     finally:
-        alone = WORLD == 1 or not failed  # a process that fails has nobody to save its shards with
+        alone = WORLD == 1 or not failed  # a failed process cannot save alone: the others hold shards, too
         if alone and run.consistent and run.step > run.saved:
             save_checkpoint(run)
         for number, handler in handlers.items():
@@ -385,8 +385,8 @@ def training_state(run):
 
 def save_checkpoint(run):
     """Writes checkpoints/step_<step>, whole or not at all. All processes call it: each writes its shards of the
-    training state, and the first one writes what diffusers loads. Deletes the oldest checkpoints beyond the limit, and
-    later ones, which are left where a run goes on from an older checkpoint."""
+    training state, and the first one writes what diffusers loads. Deletes the oldest checkpoints beyond the limit. Also
+    deletes later ones: they remain if a run was resumed from an older checkpoint."""
     import torch.distributed.checkpoint as dcp
 
     folder = run.folder / f"checkpoints/step_{run.step:06d}"
@@ -457,7 +457,7 @@ def load_checkpoint(run):
 
 @contextlib.contextmanager
 def averaged_weights(run):
-    """Inside, the network has the average of its weights, where --ema_decay keeps one."""
+    """Within this context the network has its averaged weights, if --ema_decay is set."""
     if run.ema:
         run.ema.store(run.parameters)
         run.ema.copy_to(run.parameters)
@@ -469,8 +469,8 @@ def averaged_weights(run):
 
 
 def conditions(run, prompts):
-    """What run.encode says of each prompt: {name: (n, ...)} on the CPU, computed once and kept with the run.
-    Prompts are encoded one at a time, since kernels round the rows of a batch by the size of the batch."""
+    """What run.encode returns for each prompt: {name: (n, ...)} on the CPU, computed once and kept with the run.
+    Prompts are encoded one at a time, since a kernel's rounding may depend on the size of the batch."""
     from safetensors.torch import load_file, save_file
 
     folder = run.folder / "conditions"
@@ -508,7 +508,7 @@ def start_run(args):
         args=args, device=device, folder=Path(args.output_dir),
         prompts=read_prompts("--prompts", args.prompts),
         eval_prompts=read_prompts("--eval_prompts", args.eval_prompts) if args.eval_prompts else [],
-        step=0, saved=0,  # iterations that are done, and that are in a checkpoint
+        step=0, saved=0,  # how many iterations are done, how many are in a checkpoint
         consistent=True,  # False while only a part of an iteration's updates is done
         signalled=False, stopped=False,
     )  # fmt: skip
@@ -516,7 +516,7 @@ def start_run(args):
 
 @contextlib.contextmanager
 def loading():
-    """Weights that are missing, that may not be had, or that are not the pinned ones end the program with one line."""
+    """Ends the program with one line if weights are missing, not accessible, or not the pinned ones."""
     import diffusers
     import transformers
 
@@ -540,7 +540,7 @@ def add_lora(policy, args, targets):
 
 def prepare_policy(run, part, lora_targets):
     """Makes run.models.policy, the `part` of the pipeline, ready to be trained: LoRA, device, precision and shards.
-    What is trained is in fp32. Of several processes each holds a shard of each block (FSDP2)."""
+    Trained weights are in fp32. If there are several processes, each holds a shard of each block (FSDP2)."""
     from diffusers.training_utils import EMAModel
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -618,8 +618,8 @@ def finish(run):
 
 
 def leave():
-    """Ends the program. One of several processes skips the interpreter's last clean-up: a thread of gloo that still
-    holds a tensor would abort it."""
+    """Ends the program. If there are several processes, each skips the interpreter's last clean-up, which a gloo thread
+    that still holds a tensor would abort."""
     if WORLD > 1:
         atexit._run_exitfuncs()
         sys.stdout.flush()
@@ -638,7 +638,7 @@ def everyone(values, device):
 
 
 def wait(device):
-    """Until all processes are here. Reading the sum on the CPU is what waits: NCCL alone holds up only the GPU."""
+    """Waits until all processes are here. Reading the sum on the CPU is what waits: NCCL blocks only the GPU."""
     float(everyone([0.0], device).sum())
 
 
@@ -653,22 +653,22 @@ def unshare(values, total, device):
 
 
 def clip_gradients(parameters, max_norm):
-    """Scales the gradients of all processes together to at most this norm. Returns the norm before, a float."""
+    """Scales the gradients so that their norm over all processes is at most max_norm. Returns the norm before that."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 def as_in_training(run):
     """The grad mode of the old policy's passes. On a GPU, and in compiled blocks, a pass that wants gradients may take
-    another kernel with another rounding. The rollout must round as the update does, so there it asks for gradients
-    too. An eager network on a CPU has one kernel for both."""
+    another kernel with another rounding. The rollout must round as the update does, so in these two cases it
+    enables gradients, too. An eager network on a CPU has one kernel for both."""
     return torch.set_grad_enabled(run.args.compile or run.device.type == "cuda")
 
 
 @contextlib.contextmanager
 def on_device(device, parts):
-    """Inside, these networks are on the device; then they are back where they were. Nothing is copied back: weights
-    that from_pretrained maps from a file stay one memory for all processes."""
+    """Within this context these networks are on the device; afterwards they are back where they were. Nothing is copied
+    back: all processes still share the weights that from_pretrained maps from a file."""
     tensors = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
     homes = [tensor.data for tensor in tensors]
     for tensor in tensors:

@@ -39,7 +39,7 @@ import sys
 from pathlib import Path
 
 # Write transformers.CLIPModel, not `from transformers import CLIPModel`: transformers and huggingface_hub load their
-# parts on first use, and the command line, which checks names with this file, must answer before that.
+# parts on first use. The command line checks names with this file and must answer before these parts load.
 import huggingface_hub
 import torch
 import torch.nn.functional as F
@@ -166,8 +166,8 @@ def normalise(images):
 def frame_indices(total, file_fps, fps):
     """The frames that VideoAlign looks at: `fps` a second, evenly spread, an even number from 4 to 768.
 
-    total: frames of the video. file_fps: how many of them make a second. This decides how many frames are seen: of 53
-    frames it is 14 at 8 a second, and 4 at 24 a second. The paper takes videos for 8 a second, to show more motion.
+    total: frames of the video. file_fps: frames of the video in a second. It decides how many frames are seen: of 53
+    frames, 14 at 8 a second and 4 at 24 a second. The paper sets 8 a second, to show more motion.
     Raises ValueError for fewer than 2 frames.
     """
     if total < 2:
@@ -419,7 +419,7 @@ class Rewards:
             media = media[:, 0]
         media = quantise(media)
         scores = {}
-        outputs = {}  # {function: all that it returned}, for a function with several labels runs once
+        outputs = {}  # {function: all that it returned}: a function with several labels runs once
         for label, reward in self.rewards.items():
             try:
                 if media.ndim == 5 and (reward is jpeg or isinstance(reward, ClipReward)):
@@ -458,7 +458,7 @@ def load_pickle(path, sha256):
 
 
 def fetch(source, weights=True):
-    """The folder `source`, or that of a download: owner/name@commit, or a repository of COMMITS at its commit there."""
+    """A folder: `source` itself, or the download of owner/name@commit or of a repository in COMMITS, at its commit."""
     if Path(source).is_dir():
         return source
     repository, _, commit = source.partition("@")
@@ -519,7 +519,7 @@ def open_clip_to_transformers(state):
     """State dict of open_clip's CLIP -> state dict of transformers' CLIPModel. Raises KeyError for an unknown name.
 
     Three things differ besides the names. open_clip stores q, k and v as one matrix. It stores the two final
-    projections transposed. Its vision tower begins with `visual.`, its text tower with nothing.
+    projections transposed. Its names begin with `visual.` in the vision tower and have no prefix in the text tower.
     """
     converted = {}
     for key, value in state.items():
@@ -560,8 +560,8 @@ def fold_linears(state):
 def videoalign_to_transformers(state, scale):
     """State dict of VideoAlign -> state dict of transformers' Qwen2VLModel, and the head (1, D) in float32.
 
-    VideoAlign's was saved from inside peft's wrapper: beside a base weight W lie the two factors A, B of a LoRA. Here
-    they are merged into W + scale · B A. The language model's own head is dropped, as nothing here uses it.
+    VideoAlign's was saved inside peft's wrapper, so a weight W may have the two factors A, B of a LoRA beside it. Here
+    the three are merged into W + scale · B A. The language model's own head is dropped, as nothing here uses it.
     """
     state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
     head = state.pop("rm_head.weight").float()
@@ -676,7 +676,7 @@ def run_file(path):
 
 
 def own_reward(module, function_name):
-    """A function of a module, which returns (B,), as a reward, which returns {function_name: (B,)}."""
+    """Turns a module's function, which returns (B,), into a reward, which returns {function_name: (B,)}."""
     function = getattr(module, function_name)
     return lambda media, prompts: {function_name: function(media, prompts)}
 
@@ -844,5 +844,5 @@ def check_reward_flags(args, num_frames=1):
 
 
 def load_reward_flags(args, device):
-    """The rewards that are trained on, then the watched ones: `first(len(args.reward))` gives the former."""
+    """The rewards to train with, then the watched ones: `first(len(args.reward))` gives the training rewards."""
     return load_rewards(args.reward + watched(args), split_paths(args.reward_paths), device)

@@ -1,11 +1,11 @@
-"""Samplers as policies: each step of a deterministic sampler, made a Gaussian that RL can train.
+"""Samplers as policies: each step of a deterministic sampler becomes a Gaussian that RL can train.
 
 GRPO needs the likelihood of what the policy did. An ODE sampler has none: from a given start it
 does one thing with probability one. The SDE below takes Gaussian steps, which have a density, and
 still draws what the ODE draws.
 
-Every formula has a number, and the code that uses it carries that number. Below a formula stand the
-tests that prove it. They are in tests/test_sde.py, and they read the formula from these comments.
+Every formula has a number, and the code that uses it carries that number. The tests that prove a
+formula are named below it. They are in tests/test_sde.py and read the formula from these comments.
 """
 
 import math
@@ -41,7 +41,7 @@ class SDEStep(NamedTuple):
 #   (1) x' = μ + std ξ, ξ ~ N(0, I)                        so π(x'|x) = N(μ, std² I)
 #       test_samples_are_the_gaussian
 #   (2) ℓ = mean(-(x' - μ)²/(2 std²) - log(std) - ½ log(2 π))
-#       The log-density of (1) over D: a mean, not a sum, as in DDPO, Flow-GRPO, the authors' code.
+#       The log-density of (1), divided by D: a mean, as in DDPO, Flow-GRPO and the authors' code.
 #       test_log_prob_is_torch_normal, test_scoring_repeats_sampling
 #   (3) ρ = exp(ℓ - ℓ_old) = (π/π_old)^(1/D)               ℓ is a mean, so ρ is a D-th root
 #       Clipping ρ at 1 ± c lets the joint log-ratio move by ± c D nats (joint_nats below). The
@@ -65,15 +65,15 @@ class SDEStep(NamedTuple):
 def gaussian_step(mean, std, x0, next_latents=None, generator=None):
     """Draws next_latents from N(mean, std²), or scores the given ones. Returns an SDEStep."""
     if next_latents is None:
-        # Drawn even where std is 0: a step without noise does not change what the next one draws.
+        # Draw even where std is 0: then the next draw does not depend on this step having noise.
         noise = standard_normal(mean.shape, generator, mean.device, mean.dtype)
         next_latents = mean + std * noise  # (1)
     else:
         if next_latents.shape != mean.shape:
             raise ValueError(f"next_latents {next_latents.shape} is not shaped as {mean.shape}")
         require(std > 0, "a step without noise has no density: there is nothing to score")
-    # One expression scores sampled and stored latents, so their ratio is exactly 1 at first. They
-    # must be stored in this dtype: latents that were rounded to bf16 are another action.
+    # One expression scores sampled and stored latents, so the ratio starts at exactly 1. Store the
+    # latents in this dtype: rounded to bf16, they would be another action.
     next_latents = next_latents.detach().to(mean.dtype)  # (6)
     exponent = -((next_latents - mean) ** 2) / (2 * std**2)
     log_prob = (exponent - std.log() - 0.5 * math.log(2 * math.pi)).flatten(1).mean(1)  # (2)
@@ -94,7 +94,7 @@ def standard_normal(shape, generator=None, device="cpu", dtype=torch.float32):
 
 
 def joint_nats(clip_range, num_dims):
-    """How many nats, up or down, clip_range lets a step's joint log-ratio move, by (3)."""
+    """The nats by which clip_range lets a step's joint log-ratio move up or down, see (3)."""
     return clip_range * num_dims
 
 
@@ -109,7 +109,7 @@ def per_row(value, latents):
 def require(condition, message):
     """Raises ValueError if the condition fails, but does not read it from an accelerator.
 
-    Reading it would wait for the device. There, bad noise levels or etas end as a NaN log_prob.
+    Reading it would wait for the device. On a GPU, bad noise levels or etas give a NaN log_prob.
     """
     if condition.device.type == "cpu" and not condition.all():
         raise ValueError(message)
@@ -170,8 +170,8 @@ def require(condition, message):
 #       Put x = (1-σ) x̂0 + σ ε̂, v = ε̂ - x̂0 and (9) into (12). The factors of x̂0 add up to
 #       1-σ - Δσ = 1-σ', and those of ε̂ to σ + Δσ + η² Δσ/(2 σ) = k.
 #       k² + std² = σ'² + (1 + η²/(4 σ)) η² Δσ²/σ
-#       By (7), x' should contain noise of variance σ'². A step leaves more, by the order of Δσ²:
-#       few steps with a large η look grainy. It helps to decode the last x̂0 instead of x'.
+#       By (7), x' should contain noise of variance σ'². A step leaves more; the excess is of order
+#       Δσ². Samples of few steps with a large η look grainy. Decoding the last x̂0, not x', helps.
 #       test_noise_budget, test_few_step_table
 #  (15) μ = (1-σ') x̂0 + σ' cos(½ π η) ε̂, std = σ' sin(½ π η)   form "cps", 0 <= η <= 1
 #       Flow-CPS has no such excess: with k = σ' cos(½ π η), k² + std² = σ'² exactly. But std does
@@ -266,10 +266,10 @@ def flow_sde_step(velocity, latents, sigma, sigma_next, eta, next_latents=None, 
 #
 # Flow and diffusion are one sampler, written in different coordinates:
 #  (17) x = α x0 + σ ε, α² + σ² = 1                        paper eq 1, with ε ~ N(0, I)
-#       The flow has α = 1-σ in place of α² + σ² = 1, which only (23) and the code use.
+#       The flow has α = 1-σ instead. Only (23) and the code use α² + σ² = 1.
 #       test_predictions_give_x0_and_noise
 #  (18) x/α = x0 + λ ε, λ = σ/α                            (17) divided by α; let z = x/α
-#       In z all paths are straight lines over λ, with speed dz/dλ = ε. Of α and σ only λ is left.
+#       In z all paths are straight lines over λ, with speed dz/dλ = ε. Only λ is left of α and σ.
 #       As in (7), the mean speed ε̂ = E[ε | x] gives the ODE: dz = ε̂ dλ, paper eq 5.
 #       test_shared_variable
 #  (19) z' = z + ε̂ Δλ, x' = α' x̂0 + σ' ε̂                   the Euler step of (18), in z and in x
@@ -292,8 +292,8 @@ def flow_sde_step(velocity, latents, sigma, sigma_next, eta, next_latents=None, 
 #
 # The step of DDIM with its η:
 #  (24) x' = α' x0 + k ε + std ξ, k² + std² = σ'²
-#       k of the noise ε is kept, the rest is drawn anew. For every such k, x' has the density of
-#       (17) at the next point.
+#       The part k ε of the noise is kept, the rest is drawn anew. For every such k, x' has the
+#       density of (17) at the next point.
 #       test_split_and_posterior
 #  (25) std = η σ' √(1 - λ'²/λ²), k = √(σ'² - std²)        eq 16 of the DDIM paper, in λ
 #       η = 0 keeps all of ε. At η = 1, (24) is the posterior q(x'|x, x0) that DDPM samples. At

@@ -136,7 +136,7 @@ TEXT = {"vocab_size": len(CLIP_TOKENS), "max_position_embeddings": TEXT_LENGTH +
 
 
 def colour_loss(error):
-    """Most of a drawing is background, and grey: colour errors count four times, or it stays grey for long."""
+    """Most of a drawing is background without colour. Colour errors count four times, or outputs stay grey for long."""
     grey = error.mean(1, keepdim=True)
     return grey.square().mean() + 4 * (error - grey).square().mean()
 
@@ -171,7 +171,7 @@ def make_vae():
 
 def load_vae():
     vae = AutoencoderKL.from_pretrained(BUILD / "vae").to(DEVICE).eval()
-    vae.register_to_config(_name_or_path="")  # where this machine keeps it is nobody's business
+    vae.register_to_config(_name_or_path="")  # do not publish the path on this machine
     return vae
 
 
@@ -188,8 +188,8 @@ def encoded_bank(vae, n, seed):
 
 
 def told_captions(scenes, rng):
-    """A quarter of the captions is wrong by one word, so a base model often draws something else than it was asked for,
-    as base models do."""
+    """One word is wrong in a quarter of the captions. So, as real base models do, the tiny one often draws
+    something other than the prompt says."""
     return [(world.change_one_word(scene, rng) if rng.random() < 0.25 else scene).caption for scene in scenes]
 
 
@@ -260,7 +260,7 @@ def make_sd14():
     prediction that guidance needs."""
     torch.manual_seed(7)
     vae = load_vae()
-    # Stable Diffusion's latents know a scale and no shift. These have a mean of a hundredth of their spread: it stays.
+    # Stable Diffusion scales its latents, without a shift. The mean of these stays: it is a hundredth of their spread.
     vae.register_to_config(shift_factor=0.0)
     unet = UNet2DConditionModel(
         sample_size=8, in_channels=16, out_channels=16, block_out_channels=(64, 96), layers_per_block=1,
@@ -375,8 +375,8 @@ def report_clip(name, model, vae):
 
 
 def make_hps():
-    """CLIP fine-tuned on which of two drawings is preferred, each under its own caption: the one with fewer defects; to
-    show something else than the caption weighs as one and a half. By how much is never said, as people never do."""
+    """CLIP fine-tuned on which of two drawings is preferred, each under its own caption. The one with fewer defects
+    wins; a scene that is not the caption's counts as 1.5 defects. As with people, a label does not say by how much."""
     vae, rng, generator = load_vae(), random.Random(6), torch.Generator().manual_seed(6)
     scenes = [world.random_scene(rng) for _ in range(12288)]
     right = [rng.random() < 0.7 for _ in scenes]
@@ -437,9 +437,9 @@ def video_vae_loss(vae, media, generator):
 def make_video_vae():
     """8x compression in space and 4x in time to 16 channels, HunyuanVideo's own numbers.
 
-    Its counterpart of two dimensions learns first, on single frames, which is ten times as fast; it starts from the
-    autoencoder of images where their shapes agree. Its kernels become the last slice in time of the kernels of three,
-    and that one draws single frames just as well before it learns to move.
+    A 2-D counterpart learns first, on single frames, which is ten times as fast. It starts from the autoencoder of
+    images where the shapes agree. Its kernels become the last slice in time of the 3-D kernels. So the 3-D autoencoder
+    draws single frames just as well before it learns motion.
     """
     torch.manual_seed(8)
     widths = {"block_out_channels": (16, 16, 32, 32), "layers_per_block": 1, "norm_num_groups": 4,
@@ -484,7 +484,7 @@ def make_video_vae():
     vae = train("video_vae", vae, loss, steps=VIDEO_VAE_STEPS, lr=2e-4, seed=9, ema_decay=0.99)
     vae.to(memory_format=torch.contiguous_format)
     with torch.no_grad():
-        # The pipelines draw a first frame's latents from its posterior: let that be what the decoder was trained on.
+        # The pipelines sample a first frame's latents from its posterior. Give it the noise of the decoder's training.
         vae.quant_conv.weight[16:], vae.quant_conv.bias[16:] = 0.0, 2 * torch.tensor(POSTERIOR_STD).log()
         for frames in (1, world.FRAMES):
             _, videos = video_batch(random.Random(9), torch.Generator().manual_seed(9), 96, frames)
@@ -522,9 +522,9 @@ def video_bank(vae, n, frames, seed):
 
 
 def make_llama_tokenizer():
-    """Llama 3's way of cutting a sentence, one token a piece, and as vocabulary the pieces of HunyuanVideo's prompt
-    template and of this world: the template is as long in tokens as it is for the real one, which the pipeline counts
-    on when it cuts it off."""
+    """Cuts a sentence as Llama 3 does, one token a piece. The vocabulary is the pieces of HunyuanVideo's prompt
+    template and of this world. So the template has as many tokens as with the real Llama. The pipeline relies on that
+    number when it cuts the template off."""
     special = ["<|pad|>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|unk|>"]
     cut = Regex(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
                 r"\s*[\r\n]+|\s+(?!\S)|\s+")  # fmt: skip
@@ -570,7 +570,7 @@ def video_parts(vae):
 
 
 def video_loss(pipe, model, x0, captions, condition, generator):
-    """The flow loss on normalised latents (B, 16, f, 8, 8). The guidance is random: it says nothing and may be any."""
+    """The flow loss on normalised latents (B, 16, f, 8, 8). The guidance is random: any value will do in sampling."""
     n = len(x0)
     x0, noise = x0.to(DEVICE).float(), torch.randn(x0.shape, generator=generator).to(DEVICE)
     # Logit-normal noise levels, moved towards 1, where sampling with shift 5 spends its steps.
@@ -724,7 +724,7 @@ def moving_bank(n, seed, vae):
 
 def make_videoalign():
     """Three preferences over moving drawings: fewer defects in the frames (vq), fewer in the motion (mq), and the right
-    caption against one that is wrong by a word or altogether (ta). Who wins is said, never by how much.
+    caption against one that is wrong by a word or altogether (ta). The labels say who wins, never by how much.
 
     Saved in VideoAlign's own layout: LoRA beside the weights of the language model, and peft's names.
     """
@@ -764,7 +764,7 @@ def make_videoalign():
 
 
 def report_videoalign(folder):
-    """How often the better of two is preferred, on new drawings; their mean and spread become the zero and the unit."""
+    """Prints how often the better of two new drawings wins. The scores' mean and spread become their zero and unit."""
     scenes, grades, bank = moving_bank(512, 99, load_video_vae())
     rng, captions = random.Random(99), [s.caption for s in scenes]
     wrong = [world.change_one_word(s, rng).caption for s in scenes]
@@ -786,8 +786,8 @@ def report_videoalign(folder):
 
 # ---- prompts -------------------------------------------------------------------------------------------------------
 def make_prompts():
-    """96 captions to train on and 48 held out, disjoint, half of each about one object and half about two; of drawings
-    that move, 240 and 48."""
+    """Writes 96 captions to train on and 48 held out, half of each about one object and half about two; and 240 and 48
+    of drawings that move. No training caption is held out."""
     rng = random.Random(0)
     scenes = world.all_scenes()
     singles, pairs = [s for s in scenes if not s.relation], [s for s in scenes if s.relation]

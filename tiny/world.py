@@ -6,8 +6,8 @@
 A `Scene` is what the caption says. A `Make` is what it does not say: how well the scene is drawn. A well-made drawing
 is crisp, saturated, centred, well sized and clean; a poor one has one to three of the five defects. A `Motion` is how
 well it moves: at a constant speed, or jittering, flickering or teleporting. `draw` and `draw_video` turn them into
-pixels, and `judge` and `judge_video` recover them from the pixels alone, so they can tell a reward that is being taught
-from one that is being fooled. No model is involved in either direction.
+pixels, and `judge` and `judge_video` recover them from the pixels alone, so they can tell a model that learns
+from one that fools its reward. No model is involved in either direction.
 
 `correct` and `well_made`, of images, and `video_correct`, `moves_right_way`, `constant`, `sharp`, `well_drawn` and
 `smooth`, of videos, have the signature of a reward, so a training script can log them at every evaluation:
@@ -112,7 +112,7 @@ def change_one_word(scene, rng):
 # ---- drawing -------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Make:
-    """How a scene is drawn. Lengths in pixels; `blur` is the width of an edge, `pale` the share of background in it."""
+    """How a scene is drawn. Lengths in pixels; `blur`: width of an edge; `pale`: share of background in the paint."""
 
     scale: float = 1.0
     blur: float = 1.0
@@ -197,8 +197,8 @@ class Motion:
 
 
 def random_motion(rng, direction, frames=FRAMES, well_made_share=WELL_MADE_SHARE):
-    """A constant speed with probability `well_made_share`, else with one or two defects. The first frame has none of
-    them, so it says nothing about the others. From the middle, the object arrives at the edge whole."""
+    """A constant speed with probability `well_made_share`, else with one or two defects. The first frame has no
+    defect, so it says nothing about the others. An object that starts in the middle stays whole to the end."""
     good = rng.random() < well_made_share
     defects = () if good else tuple(rng.sample(MOTION_DEFECTS, rng.choice([1, 1, 2])))
     dx, dy = DIRECTIONS[direction] if direction else (0, 0)
@@ -221,7 +221,7 @@ def random_motion(rng, direction, frames=FRAMES, well_made_share=WELL_MADE_SHARE
 
 
 def random_moving_make(rng, direction, well_made_share=WELL_MADE_SHARE):
-    """A Make for a drawing that moves: where it is off-centre, it is so aside or behind, or it would leave at once."""
+    """A Make for a drawing that moves. An off-centre one is shifted aside or backwards, or it would leave at once."""
     make, (dx, dy) = random_make(rng, well_made_share), DIRECTIONS[direction] if direction else (0, 0)
     x, y = make.shift
     return replace(make, shift=(-x if x * dx > 0 else x, -y if y * dy > 0 else y))
@@ -354,10 +354,10 @@ def well_made(images, prompts):
 def judge_video(video):
     """Reads one video, (F, 3, SIZE, SIZE) in [0, 1], from its pixels.
 
-    Returns a dict: `frames`, what `judge` sees in each; `kinds`, the (background, colour, shape) of each, of which any
-    may be '', for more than one object is none; `kind`, the commonest; `step`, how far the object goes from the first
+    Returns a dict: `frames`, what `judge` sees in each; `kinds`, the (background, colour, shape) of each, with '' for
+    what is unknown, as with two objects; `kind`, the commonest; `step`, how far the object goes from the first
     third of the frames to the last, (x, y) in pixels, None where it is not seen; and `follows`, for each frame but the
-    first and the last: does the object go on there at the speed at which it came, as strong as it was?
+    first and the last: does the object keep its speed there, and the strength of its colour?
     """
     frames = [judge(frame) for frame in video]
     one = [f["objects"][0] if len(f["objects"]) == 1 else None for f in frames]
@@ -417,7 +417,7 @@ def sharp(videos, prompts):
 
 
 def well_drawn(videos, prompts):
-    """The share that show it crisp, saturated, well sized and clean. To be centred is not asked of what moves."""
+    """The share of frames with one object, crisp, saturated, well sized and clean. It need not be centred."""
     return _read(videos, prompts, lambda seen, scene: _made(seen, "crisp", "saturated", "sized", "clean"))
 
 
@@ -432,8 +432,8 @@ def constant(videos, prompts):
 
 
 def video_correct(videos, prompts):
-    """1 where one object of the caption's colour, shape and background is seen nearly throughout and goes its way,
-    else 0, as where the caption names two."""
+    """1 where one object of the caption's colour, shape and background is seen nearly throughout, going the right way,
+    else 0. A caption of two objects gives 0."""
 
     def right(seen, scene):
         named = seen["kind"] == (scene.background, *scene.objects[0]) and len(scene.objects) == 1
