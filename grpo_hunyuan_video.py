@@ -453,8 +453,8 @@ def print_header(run):
     D = init_latents(run.models, args, [seeded(0)]).numel()
     steps = len(choose_transitions(args, etas_of_iteration(args, 0), 0))
     kept = args.prompts_per_step * (args.best_of_n or G)
-    harness.say(f"iteration    {args.prompts_per_step} prompts x {G} = {args.prompts_per_step * G} samples, "
-                f"{kept} trained, {args.num_updates} updates")  # fmt: skip
+    harness.say(f"iteration    {args.prompts_per_step} prompts x {G} = {args.prompts_per_step * G} samples; "
+                f"trained: {kept}; updates: {args.num_updates}")  # fmt: skip
     harness.say(f"transitions  {kept * steps} trained: {steps} of the {args.num_inference_steps} steps of a sample")
     harness.say(f"clip_range   {args.clip_range:g} on the mean over D = {D:,} dimensions: "
                 f"{joint_nats(args.clip_range, D):.2g} nats of joint log-probability")  # fmt: skip

@@ -600,8 +600,8 @@ def open_folder(run):
         versions = {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}
         written = {"args": vars(run.args), "commit": commit or None, "python": sys.version} | versions
         (run.folder / "args.json").write_text(json.dumps(written, indent=1))
-    say(f"preset       {run.args.preset}\nmodel        {run.args.pretrained_model_name_or_path} on {run.device}, "
-        f"{WORLD} processes\ntrained      {sum(p.numel() for p in run.parameters):,} parameters of "
+    say(f"preset       {run.args.preset}\nmodel        {run.args.pretrained_model_name_or_path} on {run.device}; "
+        f"processes: {WORLD}\ntrained      {sum(p.numel() for p in run.parameters):,} parameters of "
         f"{run.policy_class.__name__}\noutput       {run.folder}")  # fmt: skip
 
 
