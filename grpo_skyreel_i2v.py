@@ -21,6 +21,7 @@ A group also shares its first frame. Guidance is part of the policy: both predic
 
 import argparse
 import functools
+import glob
 import hashlib
 import math
 import time
@@ -34,9 +35,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 import harness
-from harness import HERE, refuse, seeded
-from harness import at_least_1, count, finite, fraction, fraction_below_1, not_negative, positive, whole
-from rewards import binary, check_reward_flags, load_reward_flags
+from harness import HERE, RunError, refuse, seeded
+from harness import count, finite, fraction, fraction_below_1, guidance, guidance_from_1
+from harness import not_negative, pixels, positive, scale, up_to_1000, whole
+from rewards import RewardError, binary, check_reward_flags, load_reward_flags
 from sde import flow_sde_step, flow_sigmas, joint_nats, standard_normal, step_etas
 
 # Legend of shapes:  B rows = prompts x G    b rows of a micro-batch    G group size    T sampling steps
@@ -77,11 +79,11 @@ def parse_args(argv=None):
     # the model
     flag("--pretrained_model_name_or_path", "--model", help="folder or Hugging Face id, diffusers' layout")
     flag("--transformer", metavar="MODEL", help="folder or Hugging Face id of the denoiser")
-    flag("--height", type=count, help="of the samples, pixels")
-    flag("--width", type=count, help="of the samples, pixels")
-    flag("--num_frames", type=count, help="of a video; 1: images")
-    flag("--guidance_scale", type=not_negative, default=1.0, help="embedded guidance (script)")
-    flag("--true_cfg_scale", type=at_least_1, default=5.0, help="classifier-free, in training too (script); 1: none")
+    flag("--height", type=pixels, help="of the samples, pixels")
+    flag("--width", type=pixels, help="of the samples, pixels")
+    flag("--num_frames", type=up_to_1000, help="of a video; 1: images")
+    flag("--guidance_scale", type=guidance, default=1.0, help="embedded guidance (script)")
+    flag("--true_cfg_scale", type=guidance_from_1, default=5.0, help="classifier-free, also in training (script)")
     flag("--images", metavar="FOLDER", help="first frames, each with its prompt in a .txt of the same name")
     flag("--first_frame_model", metavar="MODEL", help="draws the first frames of prompts that come without an image")
     # rewards
@@ -91,9 +93,9 @@ def parse_args(argv=None):
     flag("--reward_paths", nargs="+", default=[], metavar="NAME=PATH", help="of reward models; replaces the preset's")
     flag("--eval_reward", nargs="+", default=[], metavar="NAME", help="watched: evaluated, not trained")
     # sampling
-    flag("--num_inference_steps", type=count, help="T, in training and in evaluation")
-    flag("--shift", type=positive, default=7.0, help="of the noise levels towards noise (script)")
-    flag("--eta", type=positive, default=0.3, help="strength of the SDE's noise (Table 6)")
+    flag("--num_inference_steps", type=up_to_1000, help="T, in training and in evaluation")
+    flag("--shift", type=scale, default=7.0, help="of the noise levels towards noise (script)")
+    flag("--eta", type=scale, default=0.3, help="strength of the SDE's noise (Table 6)")
     flag("--eta_schedule", choices=["constant", "flow_grpo"], default="constant", help="eta by step (paper: constant)")
     flag("--sde_window", type=whole, default=0, metavar="LENGTH", help="steps with noise, the ODE elsewhere; 0: all")
     flag("--sde_window_range", nargs=2, type=whole, default=[0, 0], metavar=("FIRST", "LAST"), help="window's start")
@@ -119,7 +121,7 @@ def parse_args(argv=None):
     parser.set_defaults(**PRESETS[known.preset])
     if known.images:
         parser.set_defaults(prompts=known.images)
-    return harness.parse(parser, argv, check_args, harness.check_run, check_model)
+    return harness.parse(parser, argv, check_args, captioned_images, harness.check_run, check_model)
 
 
 # ==== BEGIN MODEL ZONE ================================================================================================
@@ -156,7 +158,9 @@ def load_models(args, device):
 
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
     parts = {"transformer": HunyuanVideoTransformer3DModel.from_pretrained(args.transformer, dtype=dtype)}
-    pipe = HunyuanSkyreelsImageToVideoPipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=dtype, **parts)
+    name = args.pretrained_model_name_or_path
+    parts |= harness.load_text_encoders(name, dtype)
+    pipe = HunyuanSkyreelsImageToVideoPipeline.from_pretrained(name, dtype=dtype, **parts)
     pipe.vae.enable_tiling()  # above 256 pixels; below, nothing changes
     encoders = [pipe.text_encoder, pipe.text_encoder_2]
     models = SimpleNamespace(pipe=pipe, policy=pipe.transformer, vae=pipe.vae, encoders=encoders, device=device)
@@ -169,15 +173,28 @@ def captioned_images(args):
     """{caption: image file} of --images, and of --eval_prompts if that is a folder, too."""
     images = {}
     for folder in filter(None, (args.images, args.eval_prompts)):
-        for text in sorted(Path(folder).glob("*.txt")):
-            files = [text.with_suffix(suffix) for suffix in (".png", ".jpg", ".jpeg", ".webp")]
-            files = [file for file in files if file.exists()]
-            caption = text.read_text("utf-8-sig").strip()
-            if len(files) != 1 or "\n" in caption or images.setdefault(caption, files[0]) != files[0]:
+        for text in sorted(Path(folder).absolute().glob("*.txt")):
+            files = [file for file in text.parent.glob(f"{glob.escape(text.stem)}.*") if file != text]
+            caption = harness.read_text("--images", text).strip()
+            if len(files) != 1 or not caption or "\n" in caption or images.setdefault(caption, files[0]) != files[0]:
                 refuse("--images", text, "one line beside one image, and no other image may have the same caption")
+            try:
+                read_image(files[0])
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                refuse("--images", files[0], f"a whole image that Pillow can read ({error})")
     if args.images and not images:
         refuse("--images", args.images, "a folder of images, each with a .txt of its caption")
     return images
+
+
+def read_image(file):
+    """An image as RGB. What is transparent becomes white; of 16 bits the upper 8 are kept."""
+    image = ImageOps.exif_transpose(Image.open(file))
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image, np.float64) * (255 if image.mode == "F" else 1 / 257)
+        image = Image.fromarray(values.clip(0, 255).astype("uint8"))
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def first_frames(models, args, prompts):
@@ -188,9 +205,9 @@ def first_frames(models, args, prompts):
     if missing:
         drawn.mkdir(parents=True, exist_ok=True)
         draw_first_frames(models, args, {prompt: files[prompt] for prompt in missing})
-    images = [ImageOps.exif_transpose(Image.open(files[prompt])).convert("RGB") for prompt in prompts]
-    pixels = np.stack([np.array(ImageOps.fit(image, (args.width, args.height))) for image in images])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2)[:, :, None] / 127.5 - 1
+    images = [ImageOps.fit(read_image(files[prompt]), (args.width, args.height)) for prompt in prompts]
+    values = np.stack([np.array(image) for image in images])
+    return torch.from_numpy(values).permute(0, 3, 1, 2)[:, :, None] / 127.5 - 1
 
 
 def draw_first_frames(models, args, files):
@@ -396,6 +413,7 @@ def train_step(run, iteration):
         for b in chain(*micro_batches(torch.arange(len(rows)), args)):
             generators = [seeded(args.seed, "noise", iteration, rows[i]) for i in b]
             trajectory, log_probs, samples = rollout(run, noise[b], take(cond, b // G, device), etas, generators)
+            harness.check_finite(run, trajectory, [prompts[i] for i in b])
             trajectories[b] = trajectory.cpu()
             old_log_probs[b] = log_probs
             scored.append(run.rewards(samples, [prompts[i] for i in b]))
@@ -421,7 +439,7 @@ def train_step(run, iteration):
                     old = recompute(models.policy, args, trajectory, t, etas[t], take(cond, b // G, device))
                     old_log_probs[b, t] = old.log_prob.detach()
 
-    # 7: (loss, ratio, log ratio) of each trained transition are kept for the metrics.
+    # 7: what is seen of each trained transition is kept for the metrics.
     seen = []
     grad_norms = []
     for update in updates:
@@ -431,20 +449,20 @@ def train_step(run, iteration):
                 new = recompute(models.policy, args, trajectory, t, etas[t], take(cond, b // G, device))
                 loss, ratio = policy_loss(new.log_prob, old_log_probs[b, t], advantages[b], args.clip_range)
                 (loss.sum() * args.num_updates / (len(kept) * len(steps))).backward()  # the mean over an update
-                seen.append(torch.stack([loss, ratio, new.log_prob - old_log_probs[b, t]]).detach())
+                seen.append({"loss": loss.detach(), "ratio": ratio.detach()})
         if not grad_norms:  # nothing has been trained since the rollout: the two policies are one
-            first_ratios = harness.everyone(torch.cat(seen, 1)[1], device)
+            first_ratios = harness.everyone(torch.cat([part["ratio"] for part in seen]), device)
             check_ratio(first_ratios, args, iteration)
         grad_norms.append(harness.clip_gradients(run.parameters, args.max_grad_norm))
         if not math.isfinite(grad_norms[-1]):
-            raise RuntimeError(f"the gradient's norm is {grad_norms[-1]} in iteration {iteration + 1}")
+            raise RunError(f"the gradient's norm is {grad_norms[-1]}: lower --learning_rate or --max_grad_norm")
         run.consistent = False  # until the last update, these are not the weights of any iteration
         run.optimizer.step()
         run.optimizer.zero_grad()
         if run.ema:
             run.ema.step(run.parameters)
     run.consistent = True
-    metrics = metrics_of(run, scores, advantages, flat_groups, first_ratios, torch.cat(seen, 1), start)
+    metrics = metrics_of(run, scores, advantages, flat_groups, first_ratios, seen, start)
     return {"step": iteration + 1} | metrics | {"grad_norm": sum(grad_norms) / len(grad_norms)}
 
 
@@ -453,15 +471,15 @@ def check_ratio(ratios, args, iteration):
     deviation = float((ratios - 1).abs().max())
     if not deviation <= args.ratio_tolerance:
         wanted = f"it has to be 0, or at most --ratio_tolerance {args.ratio_tolerance:g}"
-        raise RuntimeError(f"max|ratio-1| = {deviation:.1e} before the first update, where {wanted}")
+        raise RunError(f"max|ratio-1| = {deviation:.1e} before the first update, where {wanted}")
     if iteration == 0:
         harness.say(f"ratio        max|ratio-1| = {deviation:.1e} over {ratios.numel()} transitions")
 
 
 def metrics_of(run, scores, advantages, flat_groups, first_ratios, seen, start):
-    """The metrics of an iteration, over all processes. seen (3, n): loss, ratio, log ratio of each transition."""
+    """The metrics of an iteration, over all processes. seen: the loss and the ratio of each transition, (b,) each."""
     args, device = run.args, run.device
-    loss, ratio, log_ratio = harness.everyone(seen, device).unbind(1)
+    loss, ratio = [harness.everyone(torch.cat([part[name] for part in seen]), device) for name in ("loss", "ratio")]
     scores = {name: harness.everyone(score, device) for name, score in scores.items()}  # {name: (WORLD, B)}
     spreads = {name: score.view(-1, args.num_generations).std(1) for name, score in scores.items()}
     metrics = {f"reward/{name}": float(score.mean()) for name, score in scores.items()}
@@ -473,7 +491,7 @@ def metrics_of(run, scores, advantages, flat_groups, first_ratios, seen, start):
         "ratio_transitions": first_ratios.numel(),
         "ratio_mean": float(ratio.mean()),
         "clip_frac": float(((ratio - 1).abs() > args.clip_range).double().mean()),
-        "approx_kl": float((ratio - 1 - log_ratio).mean()),  # of mean log-probabilities; estimator k3 of Schulman
+        "approx_kl": float((ratio - 1 - ratio.log()).mean()),  # of mean log-probabilities; estimator k3 of Schulman
         "zero_std_groups": int(harness.everyone(flat_groups, device).sum()),
         "updates": args.num_updates,
         "lr": args.learning_rate,
@@ -499,7 +517,8 @@ def evaluate(run, iteration):
             batch_prompts = [prompts[i] for i in b]
             cond = take(harness.conditions(run, batch_prompts), slice(None), device)
             noise = init_latents(models, args, [seeded("eval", int(i)) for i in b])
-            samples = rollout(run, noise, cond, [0.0] * args.num_inference_steps)[2]
+            trajectory, _, samples = rollout(run, noise, cond, [0.0] * args.num_inference_steps)
+            harness.check_finite(run, trajectory, batch_prompts)
             scored.append(run.eval_rewards(samples, batch_prompts))
             shown += [(prompts[i], sample.cpu()) for i, sample in zip(b, samples) if i % args.eval_samples == 0]
             shown = shown[: harness.SHOWN]
@@ -535,6 +554,8 @@ def check_args(args):
         refuse("--prompts_per_step", args.prompts_per_step, f"a multiple of the {harness.WORLD} processes")
     if trained % args.num_updates:
         refuse("--num_updates", args.num_updates, f"a divisor of the {trained} samples that each process trains")
+    if args.prompts_per_step * G > 10**6:
+        refuse("--num_generations", G, "less: an iteration may have a million samples")
     check_reward_flags(args, vars(args).get("num_frames", 1))
 
 
@@ -554,8 +575,10 @@ def make_run(args):
     """All that an iteration needs: models, rewards, prompts, optimizer, and the folder it writes to."""
     run = harness.start_run(args)
     with harness.loading():
-        run.eval_rewards = load_reward_flags(args, run.device)
+        run.eval_rewards = load_reward_flags(args, run.device, run.prompts, run.eval_prompts, harness.say)
         run.models = load_models(args, run.device)
+        networks = [run.models.policy, run.models.vae, *run.models.encoders]
+        harness.check_weights(args.pretrained_model_name_or_path, networks)
     run.rewards = run.eval_rewards.first(len(args.reward))  # the others are watched
     run.encode = functools.partial(encode_prompts, run.models, args)
     harness.prepare_policy(run, PART, LORA_TARGETS)
@@ -570,9 +593,9 @@ def main(argv=None):
     args = parse_args(argv)
     run = make_run(args)
     print_header(run)
-    if run.eval_prompts and run.step == 0:
-        harness.record(run, {"step": 0} | evaluate(run, 0))
-    with harness.keep_last_iteration(run):
+    with harness.keep_last_iteration(run, RewardError):
+        if run.eval_prompts and run.step == 0:
+            harness.record(run, {"step": 0} | evaluate(run, 0))
         for iteration in harness.iterations(run):
             metrics = train_step(run, iteration)
             done = iteration + 1

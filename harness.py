@@ -13,7 +13,9 @@ Slow imports stand inside the functions that need them, so that a mistyped flag 
 import argparse
 import atexit
 import contextlib
+import fcntl
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -24,6 +26,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import traceback
 import warnings
 from datetime import timedelta
 from importlib.util import find_spec
@@ -44,6 +47,11 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 SHOWN = 24  # samples in a picture
 FPS = 8  # frames a second of an animation (authors' scripts)
+PROGRAM = Path(sys.argv[0]).name
+
+
+class RunError(RuntimeError):
+    """Stops a run for a reason that its user can mend. The message is all that is printed, without a traceback."""
 
 
 # ---- THE COMMAND LINE ----------------------------------------------------------------------------------------
@@ -59,15 +67,20 @@ def number(kind, low, high):
             raise argparse.ArgumentTypeError(f"{text}: must be {kind.__name__}, from {low:g} to {high:g}")
         return value
 
+    parse.__name__ = f"{kind.__name__} from {low:g} to {high:g}"
     return parse
 
 
-count = number(int, 1, 10**9)
+count = number(int, 1, 10**6)
 whole = number(int, 0, 10**9)
+pixels = number(int, 8, 8192)
+up_to_1000 = number(int, 1, 1000)
 finite = number(float, -1e9, 1e9)
 positive = number(float, 1e-9, 1e9)
 not_negative = number(float, 0, 1e9)
-at_least_1 = number(float, 1, 1e9)
+scale = number(float, 0.001, 1000)  # of noise or of a schedule: sigma keeps its digits in float32
+guidance = number(float, 0, 1000)
+guidance_from_1 = number(float, 1, 1000)
 fraction = number(float, 1e-9, 1)
 fraction_below_1 = number(float, 0, 0.999999)
 
@@ -80,7 +93,7 @@ def make_parser(doc, presets):
     """A parser whose errors are one line, printed once on each machine, with exit status 2."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=formatter, allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, "" if LOCAL_RANK else f"{parser.prog}: error: {message}\n")
+    parser.error = lambda message: parser.exit(2, "" if LOCAL_RANK else f"{parser.prog}: error: {one_line(message)}\n")
     parser.add_argument("--preset", choices=presets, default="tiny", help="a set of defaults; other flags override it")
     return parser
 
@@ -117,11 +130,20 @@ def parse(parser, argv, *checks):
             check(args)
     except ValueError as error:
         parser.error(one_line(error))
+    except (AttributeError, IndexError, KeyError, TypeError, ZeroDivisionError) as error:
+        parser.error(f"--model {args.pretrained_model_name_or_path}: a config does not fit the model: {name_of(error)}")
     return args
 
 
-def one_line(error):
-    return " ".join(str(error).split())
+def one_line(text):
+    return " ".join(str(text).split())
+
+
+def name_of(error):
+    """An error in one line, with the place in our own files where it came up."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == HERE]
+    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {one_line(error)}{place}"
 
 
 def check_run(args):
@@ -139,12 +161,20 @@ def check_run(args):
         read_prompts("--eval_prompts", args.eval_prompts)
     if args.resume_from_checkpoint is not None:
         check_resume(args)
-    elif args.output_dir is None:
-        args.output_dir = f"outputs/{Path(sys.argv[0]).stem}-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    elif not args.output_dir or any(p.is_file() for p in (Path(args.output_dir), *Path(args.output_dir).parents)):
-        refuse("--output_dir", args.output_dir, "a folder, or a path where one can be made")
-    elif Path(args.output_dir, "args.json").exists():
-        refuse("--output_dir", args.output_dir, "a new folder: this one holds a run (--resume_from_checkpoint latest)")
+    elif args.output_dir is not None:
+        check_output_dir(args.output_dir)
+
+
+def check_output_dir(path):
+    try:
+        inside = [p for p in (Path(path), *Path(path).parents) if p.exists()][0]  # where a folder would be made
+        possible = bool(path) and inside.is_dir() and os.access(inside, os.W_OK)
+    except (OSError, ValueError):  # a name that is too long, or that holds a zero byte
+        possible = False
+    if not possible:
+        refuse("--output_dir", path, "a folder, or a path where one can be made")
+    if Path(path, "args.json").exists():
+        refuse("--output_dir", path, "a new folder: this one holds a run (go on with --resume_from_checkpoint latest)")
 
 
 # A resumed run may change these flags. Any other change would make it another run.
@@ -153,44 +183,111 @@ MAY_CHANGE += ["checkpointing_steps", "checkpoints_total_limit"]
 
 
 def check_resume(args):
-    """Finds the checkpoint to continue from. Refuses a checkpoint of a run with other settings."""
+    """Finds the checkpoint to continue from. Refuses damaged files, and a run with other settings or other inputs.
+    A run that was killed before its first checkpoint starts over."""
     flag, checkpoint = "--resume_from_checkpoint", Path(args.resume_from_checkpoint)
     if args.resume_from_checkpoint == "latest":
-        checkpoint = max(Path(args.output_dir or "", "checkpoints").glob("step_??????"), default=checkpoint)
-    if not re.fullmatch(r"step_\d{6}", checkpoint.name) or not (checkpoint / "training_state").exists():
-        refuse(flag, checkpoint, "a checkpoint's folder, or 'latest' with the --output_dir of a run that has one")
-    folder = checkpoint.resolve().parents[1]
-    if args.output_dir is not None and Path(args.output_dir).resolve() != folder:
-        refuse("--output_dir", args.output_dir, f"{folder}, the folder of the run that is continued")
+        folder = Path(args.output_dir or "")
+        checkpoint = max((folder / "checkpoints").glob("step_??????"), default=None)
+        if args.output_dir is None or not (folder / "args.json").is_file():
+            refuse(flag, "latest", "with the --output_dir of a run; else a checkpoint's folder")
+    else:
+        folder = checkpoint.absolute().parents[1] if len(checkpoint.absolute().parents) > 1 else checkpoint
+        if not re.fullmatch(r"step_\d{6}", checkpoint.name) or not checkpoint.is_dir():
+            refuse(flag, checkpoint, "a checkpoint's folder, or 'latest' with the --output_dir of a run")
+        if args.output_dir is not None and Path(args.output_dir).resolve() != folder.resolve():
+            refuse("--output_dir", args.output_dir, f"{folder}, the folder of the run that is continued")
     try:
-        before = json.loads((folder / "args.json").read_text())["args"]
-    except (OSError, ValueError, KeyError) as error:
-        refuse(flag, checkpoint, f"in a run's folder, with a whole args.json ({error!r})")
+        written = json.loads((folder / "args.json").read_text())
+        before, files = dict(written["args"]), dict(written["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        refuse(flag, args.resume_from_checkpoint, f"in a run's folder, with a whole args.json ({error!r})")
     for name, value in vars(args).items():
         if name not in MAY_CHANGE and before.get(name) != value:
             refuse(f"--{name}", value, f"{before.get(name)}, as in the run that is continued")
+    for path, known in fingerprints(args).items():
+        if files.get(path) != known:
+            refuse(flag, args.resume_from_checkpoint, f"with the run's own files: {path} has changed since it began")
+    if checkpoint and RANK == 0:
+        check_checkpoint(flag, checkpoint)
     args.output_dir = str(folder)
-    args.resume_from_checkpoint = str(checkpoint)
+    args.resume_from_checkpoint = str(checkpoint) if checkpoint else "latest"
+
+
+def check_checkpoint(flag, checkpoint):
+    """Refuses a checkpoint with a file that is not what was written. Offers the one before it."""
+    damaged = None
+    try:
+        written = json.loads((checkpoint / "hashes.json").read_text())
+        for name, known in written["files"].items():
+            if fingerprint(checkpoint / name) != known:
+                damaged = name
+        metrics = (checkpoint.parents[1] / "metrics.jsonl").read_bytes()[: written["metrics_length"]]
+        if hashlib.sha256(metrics).hexdigest() != written["metrics"]:
+            damaged = "metrics.jsonl"
+        if fingerprint(checkpoint.parents[1] / "args.json") != written["args"]:
+            damaged = "args.json"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        damaged = f"hashes.json ({error!r})"
+    if damaged:
+        older = max((p for p in checkpoint.parent.glob("step_??????") if p < checkpoint), default="a new run")
+        refuse(flag, checkpoint, f"whole: {damaged} is damaged or missing; try {older}")
+
+
+def fingerprint(path):
+    """sha256 of a file, or of a folder: names and sizes in it and in its folders, and contents up to 64 MiB."""
+    if path.is_file():
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    files = sorted(file for file in (*path.glob("*"), *path.glob("*/*")) if file.is_file())
+    sizes = [file.stat().st_size for file in files]
+    contents = [fingerprint(file) if size <= 2**26 else "" for file, size in zip(files, sizes)]
+    return hashlib.sha256(repr([*zip(map(str, files), sizes, contents)]).encode()).hexdigest()
+
+
+# These flags name files that a run reads again when it goes on.
+INPUTS = ["pretrained_model_name_or_path", "transformer", "prompts", "eval_prompts", "images"]
+
+
+def fingerprints(args):
+    """{path: fingerprint} of the files and folders that the flags name: models, prompts, images, code of rewards."""
+    paths = [vars(args).get(name) for name in INPUTS]
+    paths += [pair.partition("=")[2] for pair in args.reward_paths]
+    paths += [name.partition(".py:")[0] + ".py" for name in args.reward + args.eval_reward if ".py:" in name]
+    return {path: fingerprint(Path(path)) for path in paths if path and Path(path).exists()}
 
 
 def read_prompts(flag, path):
     """The prompts of a file, or of all .txt files of a folder, in order. Raises ValueError where there are none."""
-    address = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", path)
-    if path.startswith("hf://") and not address:
+    address = re.fullmatch(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([\w.-]+))?/(.+)", path)
+    if path.startswith("hf://") and (not address or ".." in path):
         refuse(flag, path, "hf://datasets/OWNER/NAME/FILE, or .../NAME@REVISION/FILE")
-    files = sorted(Path(path).glob("*.txt")) if Path(path).is_dir() else [Path(path)]
-    if not all(file.suffix in (".txt", ".jsonl") for file in files):
-        refuse(flag, path, "a .txt with a prompt in each line, or a .jsonl of objects with 'prompt'")
     try:
+        files = sorted(Path(path).glob("*.txt")) if Path(path).is_dir() else [Path(path)]
+        if not all(file.suffix in (".txt", ".jsonl") for file in files):
+            refuse(flag, path, "a .txt with a prompt in each line, or a .jsonl of objects with 'prompt'")
         if address:
             files = [Path(download(address[1], address[3], repo_type="dataset", revision=address[2]))]
-        lines = [line.strip() for file in files for line in file.read_text("utf-8-sig").split("\n") if line.strip()]
+        lines = [line.strip() for file in files for line in read_text(flag, file).split("\n") if line.strip()]
         prompts = [json.loads(line)["prompt"] for line in lines] if path.endswith(".jsonl") else lines
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for prompt in prompts:
+            prompt.encode()  # half of a surrogate pair is no text
+    except (OSError, RecursionError, ValueError, KeyError, TypeError, AttributeError) as error:
         refuse(flag, path, f"a UTF-8 file of prompts, .txt or .jsonl ({type(error).__name__}: {error})")
-    if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+    if not prompts or not all(prompt.strip() for prompt in prompts):
         refuse(flag, path, "a file with at least one prompt, and no empty one")
     return prompts
+
+
+def read_text(flag, file):
+    """The text of a small file. Line ends of all systems become \\n; a byte order mark says which Unicode it is."""
+    if not file.is_file():  # reading from a pipe or a device may never end
+        refuse(flag, file, "a UTF-8 file that exists")
+    if file.stat().st_size > 2**25:
+        refuse(flag, file, "a text of at most 32 MiB")
+    data = file.read_bytes()
+    encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    return data.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def download(repository, file, **how):
@@ -205,12 +302,12 @@ def read_config(flag, model, file, *classes):
 
     try:
         path = Path(model, file) if Path(model).is_dir() else Path(download(model, file))
-        config = json.loads(path.read_text())
-        found = config["_class_name"]
+        config = json.loads(read_text(flag, path))
+        found = dict(config)["_class_name"]
     except GatedRepoError:
         refuse(flag, model, f"open to you: accept its licence on https://huggingface.co/{model}, then `hf auth login`")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        refuse(flag, model, f"in diffusers' layout, a folder or on the Hub: no {file} ({type(error).__name__})")
+        refuse(flag, model, f"in diffusers' layout, a folder or on the Hub, with a whole {file} ({error!r})")
     if classes and found not in classes:
         refuse(flag, model, f"a {' or '.join(classes)}, not a {found}")
     return config
@@ -266,11 +363,17 @@ def say(line):
 
 def record(run, metrics):
     """Appends one line to metrics.jsonl. From here on the iteration counts as done."""
+    if RANK == 0:
+        with open(run.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(metrics) + "\n")
     run.step = metrics["step"]
     if RANK > 0:
         return
-    with open(run.folder / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(metrics) + "\n")
+    run.history.append(metrics)
+    for rule, line in warnings_of(run.history).items():
+        if rule not in run.warned:
+            say(f"warning: iteration {run.step}: {line}")
+        run.warned.add(rule)
     if run.args.report_to == "tensorboard":
         for key, value in metrics.items():
             run.tracker.add_scalar(key, value, run.step)
@@ -279,6 +382,45 @@ def record(run, metrics):
     scores = [f"{key} {value:.4f}" for key, value in metrics.items() if key.startswith("eval/")]
     if scores:
         say(f"iteration {run.step:3d}  " + "  ".join(scores))
+
+
+def warnings_of(history):
+    """{rule: line}: what the metrics so far say of a run that goes wrong, and the flag that helps."""
+    found = {}
+    steps = [metrics for metrics in history if "grad_norm" in metrics]
+    evals = [metrics for metrics in history if any(key.startswith("eval/") for key in metrics)]
+    if steps and steps[-1]["advantage_abs_mean"] == 0:
+        found["flat"] = (
+            "no group can teach, each has equal scores: "
+            "look at --reward_thresholds, or raise --num_generations or --eta"
+        )
+    if len(steps) >= 3 and all(metrics["clip_frac"] > 0.5 for metrics in steps[-3:]):
+        found["clipped"] = "most ratios are clipped: lower --learning_rate or --num_updates, or raise --clip_range"
+    if steps and steps[-1]["ratio_max_dev"] > 0:
+        deviation = steps[-1]["ratio_max_dev"]
+        found["ratio"] = f"the ratio is {deviation:.1e} off 1 before the first update; --ratio_tolerance 0 would stop here"
+    norms = sorted(metrics["grad_norm"] for metrics in steps[:-1])
+    if len(norms) >= 5 and steps[-1]["grad_norm"] > 100 * norms[len(norms) // 2] > 0:
+        found["gradient"] = "the gradient is 100 times as long as before: lower --learning_rate or --max_grad_norm"
+    if len(evals) >= 4:
+        before, after = [
+            [metrics for metrics in steps if first["step"] < metrics["step"] <= last["step"]]
+            for first, last in (evals[-4:-2], evals[-2:])
+        ]
+        trained = [key for key in steps[-1] if key.startswith("reward/")] if before and after else []
+        rises = any(mean_of(after, key) > mean_of(before, key) for key in trained)
+        for key in evals[-1]:
+            values = [metrics[key] for metrics in evals[-4:]] if key.startswith("eval/") else [0]
+            if rises and all(later < earlier for earlier, later in itertools.pairwise(values)) and len(values) > 1:
+                found[f"hacking {key}"] = (
+                    f"{key} has fallen for three evaluations while the training reward rises: the policy may fool "
+                    "its reward. Lower --max_train_steps, or add a --reward"
+                )
+    return found
+
+
+def mean_of(lines, key):
+    return sum(metrics[key] for metrics in lines) / len(lines)
 
 
 def draw_samples(samples, prompts, step, path):
@@ -296,7 +438,7 @@ def draw_samples(samples, prompts, step, path):
         axis.axis("off")
     cells = [axis.imshow(video[0]) for axis, video in zip(axes.flat, videos)]
     for axis, prompt in zip(axes.flat, prompts):
-        axis.set_title("\n".join(textwrap.wrap(prompt, 22)[:3]), fontsize=8)
+        axis.set_title("\n".join(textwrap.wrap(prompt, 22)[:3]), fontsize=8, parse_math=False)
     frames = []
     for number in range(videos.shape[1]):
         for cell, video in zip(cells, videos):
@@ -341,9 +483,9 @@ def iterations(run):
 
 
 @contextlib.contextmanager
-def keep_last_iteration(run):
+def keep_last_iteration(run, *expected):
     """Whatever ends the loop inside, the last whole iteration is saved. A first SIGINT or SIGTERM lets the iteration
-    under way finish; a second one does not wait."""
+    under way finish; a second one does not wait. The `expected` errors end the program with one line and status 1."""
 
     def ask_to_stop(number, frame):
         run.signalled = True
@@ -351,20 +493,49 @@ def keep_last_iteration(run):
 
     handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     failed = True
+    reason = ""
     try:
         yield
         failed = False
-    except torch.OutOfMemoryError as error:
-        raise RuntimeError(
-            "the GPU's memory is full: try a smaller --train_batch_size, --gradient_checkpointing, a smaller size, "
-            "a LoRA, or torchrun on more GPUs, in a new run"
-        ) from error
+    except torch.OutOfMemoryError:
+        reason = "the GPU's memory is full: try a smaller --train_batch_size, --gradient_checkpointing, a smaller "
+        reason += "size, a LoRA, or torchrun on more GPUs, in a new run"
+    except (RunError, *expected) as error:
+        print_own_frames(error.__cause__)
+        reason = one_line(error)
+    except OSError as error:
+        reason = f"a file could not be read or written: {error}"
     finally:
         alone = WORLD == 1 or not failed  # a failed process cannot save alone: the others hold shards, too
-        if alone and run.consistent and run.step > run.saved:
-            save_checkpoint(run)
+        try:
+            if alone and run.consistent and run.step > run.saved:
+                save_checkpoint(run)
+        except OSError as error:
+            say(f"the last iteration could not be saved: {error}")
+            reason = reason or "its checkpoint could not be written"
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        if run.lock is not None:
+            os.close(run.lock)
+    if reason:
+        kept = max((run.folder / "checkpoints").glob("step_??????"), default="none")
+        sys.exit(f"{PROGRAM}: error: after iteration {run.step}: {reason}. Last checkpoint: {kept}")
+
+
+def print_own_frames(error):
+    """Prints the traceback of an error in a user's own code, without the frames of ours."""
+    frames = traceback.extract_tb(error.__traceback__) if error else []
+    own = [frame for frame in frames if Path(frame.filename).parent != HERE and "site-packages" not in frame.filename]
+    sys.stderr.writelines(traceback.format_list(own))
+
+
+def check_finite(run, latents, prompts):
+    """Stops the run if the policy drew latents (b, ...) that are not finite. Such weights are not saved."""
+    broken = latents.flatten(1).isfinite().all(1).logical_not().nonzero()
+    if len(broken):
+        run.consistent = False
+        prompt = prompts[int(broken[0])]
+        raise RunError(f"the policy's output for {prompt!r} is not finite: lower --learning_rate or --max_grad_norm")
 
 
 def training_state(run):
@@ -402,6 +573,11 @@ def save_checkpoint(run):
     with averaged_weights(run):
         save_policy(run, part)
     if RANK == 0:
+        hashes = {str(file.relative_to(part)): fingerprint(file) for file in part.rglob("*") if file.is_file()}
+        metrics = (run.folder / "metrics.jsonl").read_bytes()
+        written = {"files": hashes, "args": fingerprint(run.folder / "args.json")}
+        written |= {"metrics": hashlib.sha256(metrics).hexdigest(), "metrics_length": len(metrics)}
+        (part / "hashes.json").write_text(json.dumps(written, indent=1))
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was resumed from an older checkpoint
         part.rename(folder)
         older = [path for path in sorted(folder.parent.glob("step_??????")) if path < folder]
@@ -426,9 +602,11 @@ def save_policy(run, folder):
     if run.args.rank:
         from peft.utils import get_peft_model_state_dict
 
-        # Without the config, which holds lora_alpha, the LoRA would be loaded at scale 1.
-        config = policy.peft_config["default"].to_dict()
-        layers = {f"{run.part}_lora_layers": get_peft_model_state_dict(policy, weights)}
+        # Tools differ in where they read lora_alpha. With the scale inside B and alpha = rank, all agree on scale 1.
+        config = policy.peft_config["default"].to_dict() | {"lora_alpha": run.args.rank}
+        factors = get_peft_model_state_dict(policy, weights)
+        scaled = {k: v * (run.args.lora_alpha / run.args.rank) if "lora_B" in k else v for k, v in factors.items()}
+        layers = {f"{run.part}_lora_layers": scaled}
         run.models.pipe.save_lora_weights(folder, **layers, **{f"{run.part}_lora_adapter_metadata": config})
     else:
         with torch.device("meta"):
@@ -450,9 +628,11 @@ def load_checkpoint(run):
         run.ema.optimization_step = run.step * run.args.num_updates
     metrics = run.folder / "metrics.jsonl"
     if RANK == 0:
-        lines = [line for line in metrics.read_text().splitlines(True) if line.endswith("\n")]  # the last may be torn
-        metrics.with_suffix(".part").write_text("".join(line for line in lines if json.loads(line)["step"] <= run.step))
+        length = json.loads((checkpoint / "hashes.json").read_text())["metrics_length"]
+        kept = metrics.read_bytes()[:length]
+        metrics.with_suffix(".part").write_bytes(kept)
         metrics.with_suffix(".part").replace(metrics)
+        run.history = [json.loads(line) for line in kept.splitlines()]
 
 
 @contextlib.contextmanager
@@ -471,23 +651,51 @@ def averaged_weights(run):
 def conditions(run, prompts):
     """What run.encode returns for each prompt: {name: (n, ...)} on the CPU, computed once and kept with the run.
     Prompts are encoded one at a time, since a kernel's rounding may depend on the size of the batch."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     folder = run.folder / "conditions"
     files = {}
     for prompt in prompts:
         key = repr((prompt, run.args.pretrained_model_name_or_path)).encode()
         files[prompt] = folder / f"{hashlib.sha256(key).hexdigest()[:24]}.safetensors"
-    missing = [prompt for prompt, file in files.items() if not file.exists()]
+    loaded = {prompt: read_tensors(file) for prompt, file in files.items()}
+    missing = [prompt for prompt, tensors in loaded.items() if tensors is None]
     if missing:
         folder.mkdir(exist_ok=True)
         with on_device(run.device, [*run.models.encoders, run.models.vae]):
             for prompt in missing:
+                tensors = {name: value.cpu().contiguous() for name, value in run.encode([prompt]).items()}
                 part = files[prompt].with_suffix(f".{RANK}")
-                save_file({name: value.cpu().contiguous() for name, value in run.encode([prompt]).items()}, part)
+                save_file(tensors, part, {"sha256": digest(tensors)})
                 part.rename(files[prompt])  # whole or not at all
-    loaded = {prompt: load_file(file) for prompt, file in files.items()}
+                loaded[prompt] = tensors
     return {name: torch.cat([loaded[prompt][name] for prompt in prompts]) for name in loaded[prompts[0]]}
+
+
+def read_tensors(file):
+    """{name: tensor} of a file of conditions. None if it is missing, or is not what was written."""
+    from safetensors import SafetensorError, safe_open
+
+    if not file.exists():
+        return None
+    try:
+        with safe_open(file, "pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+            whole = (opened.metadata() or {}).get("sha256") == digest(tensors)
+    except SafetensorError:
+        whole = False
+    if not whole:
+        say(f"{file} is damaged: its prompt is encoded anew")
+    return tensors if whole else None
+
+
+def digest(tensors):
+    """sha256 of names and values."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        total.update(name.encode())
+        total.update(tensors[name].flatten().view(torch.uint8).numpy())
+    return total.hexdigest()
 
 
 # ---- PROCESSES AND DEVICES -----------------------------------------------------------------------------------
@@ -500,12 +708,15 @@ def start_run(args):
     if WORLD > 1 and not dist.is_initialized():
         patience = timedelta(hours=2)  # while the first process writes the export, or downloads
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+    lock = claim_folder(args) if RANK == 0 else None
     if WORLD > 1:  # the default folder is named by the time, which each process reads for itself
         names = [args.output_dir]
         dist.broadcast_object_list(names)
         args.output_dir = names[0]
+    args.output_dir = str(Path(args.output_dir).absolute())  # a reward may change the working directory
     return SimpleNamespace(
         args=args, device=device, folder=Path(args.output_dir),
+        lock=lock, history=[], warned=set(),
         prompts=read_prompts("--prompts", args.prompts),
         eval_prompts=read_prompts("--eval_prompts", args.eval_prompts) if args.eval_prompts else [],
         step=0, saved=0,  # how many iterations are done, how many are in a checkpoint
@@ -514,9 +725,31 @@ def start_run(args):
     )  # fmt: skip
 
 
+def claim_folder(args):
+    """Makes the folder of the run, with a name of its own if none is given, and locks it until this process ends: a
+    second run in it, or a resume of a run that still runs, exits with status 2. Returns the lock."""
+    if args.output_dir is None:
+        name = f"outputs/{Path(PROGRAM).stem}-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        for args.output_dir in names:
+            with contextlib.suppress(FileExistsError):
+                Path(args.output_dir).mkdir()
+                break
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    lock = os.open(args.output_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"{PROGRAM}: error: --output_dir {args.output_dir}: must be a folder that no other run is using now",
+              file=sys.stderr)  # fmt: skip
+        sys.exit(2)
+    return lock
+
+
 @contextlib.contextmanager
 def loading():
-    """Ends the program with one line if weights are missing, not accessible, or not the pinned ones."""
+    """Ends the program with one line if weights are missing, not accessible, damaged, or not the pinned ones."""
     import diffusers
     import transformers
 
@@ -525,8 +758,35 @@ def loading():
     diffusers.utils.logging.set_verbosity_error()  # it would print each long prompt
     try:
         yield
-    except (OSError, ValueError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {type(error).__name__}: {one_line(error)}")
+    except Exception as error:
+        sys.exit(f"{PROGRAM}: error: while loading: {name_of(error)}")
+
+
+def load_text_encoders(model, dtype):
+    """{part: network} for the parts of a pipeline that transformers loads. Raises ValueError for files that lack
+    weights, which transformers would draw at random."""
+    import transformers
+
+    parts = {}
+    for part, entry in read_config("--model", model, "model_index.json").items():
+        if not isinstance(entry, list) or entry[0] != "transformers":
+            continue
+        network = getattr(transformers, str(entry[1]), None)
+        if isinstance(network, type) and issubclass(network, transformers.PreTrainedModel):
+            parts[part], info = network.from_pretrained(model, subfolder=part, dtype=dtype, output_loading_info=True)
+            if info["missing_keys"]:
+                raise ValueError(f"{model}: the weights of {part} lack {min(info['missing_keys'])}")
+    return parts
+
+
+def check_weights(model, parts):
+    """Raises ValueError for a network whose files lack a weight, or hold one that is not a finite number."""
+    for part in parts:
+        for name, tensor in part.named_parameters():
+            if tensor.is_meta:
+                raise ValueError(f"{model}: the weights of its {type(part).__name__} lack {name}")
+            if not tensor.isfinite().all():
+                raise ValueError(f"{model}: {name} of its {type(part).__name__} is not finite")
 
 
 def add_lora(policy, args, targets):
@@ -587,9 +847,10 @@ def open_folder(run):
         import wandb
 
         run.tracker = wandb.init(dir=run.folder, config=vars(run.args))
-    if run.args.resume_from_checkpoint:
+    if (run.args.resume_from_checkpoint or "latest") != "latest":
         load_checkpoint(run)
     elif RANK == 0:
+        (run.folder / "metrics.jsonl").write_text("")
         import diffusers
         import transformers
 
@@ -599,6 +860,7 @@ def open_folder(run):
             commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
         versions = {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}
         written = {"args": vars(run.args), "commit": commit or None, "python": sys.version} | versions
+        written["files"] = fingerprints(run.args)
         (run.folder / "args.json").write_text(json.dumps(written, indent=1))
     say(f"preset       {run.args.preset}\nmodel        {run.args.pretrained_model_name_or_path} on {run.device}; "
         f"processes: {WORLD}\ntrained      {sum(p.numel() for p in run.parameters):,} parameters of "

@@ -384,17 +384,22 @@ def over_frames(reward, label):
         scores = torch.as_tensor(reward(videos.flatten(0, 1), prompts_of_frames)[image_label], dtype=torch.float32)
         return {label: scores.view(-1, frames).mean(1)}
 
+    score.reads = getattr(reward, "reads", lambda prompt: True)
     return score
 
 
 # ---- SEVERAL REWARDS ---------------------------------------------------------------------------------------------
+class RewardError(RuntimeError):
+    """A reward failed. If its own code raised an error, that is the cause."""
+
+
 class Rewards:
     """The rewards of a run, called as one: (media, prompts) -> {label: float32 (B,)}, in the order of `labels`.
 
     rewards: {label: function (media, prompts) -> {label: (B,), ...}}. One function may stand under several labels.
     media: images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1]; prompts: B strings. All rewards see the images as a
     PNG would hold them. The scores are on the device of the media. Raises ValueError for media and prompts that do not
-    fit. Raises RuntimeError with the label of a reward that raises an error, returns another shape than (B,), or
+    fit. Raises RewardError with the label of a reward that raises an error, returns another shape than (B,), or
     returns a value that is not finite.
     """
 
@@ -414,7 +419,7 @@ class Rewards:
                 f"got {tuple(media.shape)} and {len(prompts)} prompts"
             )
         if not media.isfinite().all():  # a JPEG of NaN has a size: its score would look right
-            raise ValueError("rewards need finite images")
+            raise RewardError("the decoded samples are not finite")
         if media.ndim == 5 and media.shape[1] == 1:
             media = media[:, 0]
         media = quantise(media)
@@ -425,15 +430,15 @@ class Rewards:
                 if media.ndim == 5 and (reward is jpeg or isinstance(reward, ClipReward)):
                     raise ValueError(f"it scores images; for videos {label}:first_frame or {label}:mean")
                 if reward not in outputs:
-                    outputs[reward] = reward(media, prompts)
+                    outputs[reward] = reward(media.clone(), prompts)  # a reward may write into what it was lent
                 score = torch.as_tensor(outputs[reward][label], dtype=torch.float32, device=media.device)
             except Exception as error:
-                raise RuntimeError(f"reward '{label}' failed: {error}") from error
+                raise RewardError(f"reward '{label}' failed: {error}") from error
             if score.shape != (len(prompts),):
-                raise RuntimeError(f"reward '{label}' returned shape {tuple(score.shape)} for {len(prompts)} samples")
+                raise RewardError(f"reward '{label}' returned shape {tuple(score.shape)} for {len(prompts)} samples")
             if not score.isfinite().all():
                 i = int(score.isfinite().logical_not().nonzero()[0])
-                raise RuntimeError(f"reward '{label}' is {score[i]} for sample {i}: {prompts[i]!r}")
+                raise RewardError(f"reward '{label}' is {score[i]} for sample {i}: {prompts[i]!r}")
             scores[label] = score
         return scores
 
@@ -667,7 +672,10 @@ def load_videoalign(path, device, dtype):
 
 
 def run_file(path):
-    """Runs a Python file and returns it as a module."""
+    """Runs a Python file and returns it as a module. Modules beside the file are found."""
+    folder = str(Path(path).resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
     spec = importlib.util.spec_from_file_location(f"reward_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there
@@ -678,7 +686,12 @@ def run_file(path):
 def own_reward(module, function_name):
     """Turns a module's function, which returns (B,), into a reward, which returns {function_name: (B,)}."""
     function = getattr(module, function_name)
-    return lambda media, prompts: {function_name: function(media, prompts)}
+
+    def score(media, prompts):
+        return {function_name: function(media, prompts)}
+
+    score.reads = getattr(function, "reads", lambda prompt: True)
+    return score
 
 
 # ---- NAMES OF REWARDS --------------------------------------------------------------------------------------------
@@ -843,6 +856,22 @@ def check_reward_flags(args, num_frames=1):
         check_reward_names(args.reward + watched(args), num_frames=num_frames)
 
 
-def load_reward_flags(args, device):
-    """The rewards to train with, then the watched ones: `first(len(args.reward))` gives the training rewards."""
-    return load_rewards(args.reward + watched(args), split_paths(args.reward_paths), device)
+def load_reward_flags(args, device, prompts=(), eval_prompts=(), say=print):
+    """The rewards to train with, then the watched ones: `first(len(args.reward))` gives the training rewards.
+
+    A user's function may have an attribute `reads`: a function of a prompt, true if the reward can score it. A watched
+    reward that cannot read each of `eval_prompts` is left out; `say` prints a line. Raises ValueError for a training
+    reward that cannot read each of the prompts.
+    """
+    rewards = load_rewards(args.reward + watched(args), split_paths(args.reward_paths), device)
+    for number, (label, reward) in enumerate(list(rewards.rewards.items())):
+        trained = number < len(args.reward)
+        reads = getattr(reward, "reads", lambda prompt: True)
+        foreign = [prompt for prompt in (*(prompts if trained else ()), *eval_prompts) if not reads(prompt)]
+        if foreign and trained:
+            raise ValueError(f"reward '{label}' cannot read the prompt {foreign[0]!r}")
+        if foreign:
+            say(f"not watched   {label}: it cannot read the prompt {foreign[0]!r}")
+            del rewards.rewards[label]
+            rewards.labels.remove(label)
+    return rewards

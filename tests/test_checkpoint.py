@@ -44,6 +44,8 @@ def output_of(policy):
 def test_a_full_fine_tune_keeps_the_buffers_of_its_network(run, tmp_path):
     output_of(run.models.policy).square().mean().backward()
     run.optimizer.step()
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "args.json").touch()
     harness.save_checkpoint(run)
     loaded = SD3Transformer2DModel.from_pretrained(tmp_path / "checkpoints/step_000001/transformer")
     trained = run.models.policy.state_dict()

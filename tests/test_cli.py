@@ -1,5 +1,6 @@
 """The command line of grpo_flux.py: bad input is refused in one line before anything is loaded or written."""
 
+import hashlib
 import importlib
 import json
 import os
@@ -48,7 +49,11 @@ def folder(tmp_path, monkeypatch):
         (files / name / "training_state").mkdir(parents=True)
     (files / "torn/args.json").touch()
     args = g.parse_args(["--output_dir", str(files / "run")])
-    (files / "run/args.json").write_text(json.dumps({"args": vars(args)}))
+    (files / "run/args.json").write_text(json.dumps({"args": vars(args), "files": harness.fingerprints(args)}))
+    (files / "run/metrics.jsonl").touch()
+    hashes = {"files": {}, "args": harness.fingerprint(files / "run/args.json"), "metrics_length": 0}
+    hashes["metrics"] = hashlib.sha256(b"").hexdigest()
+    (files / "run/checkpoints/step_000002/hashes.json").write_text(json.dumps(hashes))
     monkeypatch.chdir(here)
     return files
 
@@ -76,7 +81,7 @@ BAD = """
 --prompts FILES/absent.txt                                            UTF-8
 --prompts FILES                                                       UTF-8
 --prompts FILES/empty.txt                                             at least one
---prompts FILES/number.jsonl                                          at least one
+--prompts FILES/number.jsonl                                          UTF-8
 --prompts FILES/blank.jsonl                                           at least one
 --prompts FILES/latin.txt                                             UTF-8
 --prompts FILES/keyless.jsonl                                         UTF-8
@@ -93,14 +98,14 @@ BAD = """
 --model FILES/absent                                                  model_index.json
 --model FILES/other_model                                             FluxPipeline
 --height 60                                                           multiple of 16
---width 0                                                             from 1
+--width 0                                                             from 8
 --num_generations 1                                                   at least 2
 --best_of_n 14                                                        even, at most 12
 --best_of_n 3                                                         even, at most 12
 --best_of_n -2                                                        from 0
---eta 0                                                               from 1e-09
---eta nan                                                             from 1e-09
---shift 0                                                             from 1e-09
+--eta 0                                                               from 0.001
+--eta nan                                                             from 0.001
+--shift 0                                                             from 0.001
 --num_inference_steps 1 --sde_window 0 --sde_window_range 0 0         at least 2
 --num_inference_steps 6 --sde_window 6 --sde_window_range 0 0         0 to 5
 --sde_window 3 --sde_window_range 0 9                                 in 0 to 8
@@ -123,7 +128,7 @@ BAD = """
 --num_updates 0                                                       from 1
 --prompts_per_step 0                                                  from 1
 --train_batch_size 0                                                  from 1
---train_batch_size 99999999999999999999                               to 1e+09
+--train_batch_size 99999999999999999999                               to 1e+06
 --max_train_steps 0                                                   from 1
 --validation_steps 0                                                  from 1
 --eval_samples 0                                                      from 1
@@ -219,8 +224,8 @@ def test_weights_that_are_not_as_pinned_end_the_run_with_one_line(folder, monkey
     with pytest.raises(SystemExit) as stop:
         g.main(["--output_dir", str(folder / "new")])
     said = "HPS_v2.1_compressed.pt: sha256 0, not 1; download it again"
-    assert stop.value.code.endswith(f": error: ValueError: {said}")
-    assert not (folder / "new").exists()
+    assert f": error: while loading: ValueError: {said}" in stop.value.code and "\n" not in stop.value.code
+    assert not [*(folder / "new").iterdir()]
 
 
 @pytest.mark.parametrize("rank, said", [(0, 1), (1, 0)])
@@ -305,7 +310,7 @@ def test_paper_is_table_6(preset):
 def test_a_preset_sets_flags_and_leaves_none_without_a_value(name, preset):
     args = preset(name)
     assert not g.PRESETS[name].keys() - vars(args).keys()
-    optional = {"eval_prompts", "reward_weights", "reward_thresholds", "resume_from_checkpoint"}
+    optional = {"eval_prompts", "output_dir", "reward_weights", "reward_thresholds", "resume_from_checkpoint"}
     assert {key for key, value in vars(args).items() if value is None} <= optional
 
 
@@ -384,13 +389,14 @@ def test_what_just_works_is_not_refused(words, folder):
     g.parse_args(words.split())
 
 
-def test_a_continuation_may_differ_in_nothing_else(folder, capsys):
+def test_a_continuation_may_differ_in_nothing_else(folder, capsys, monkeypatch):
+    monkeypatch.setattr(harness, "check_checkpoint", lambda *args: None)
     record = json.loads((folder / "run/args.json").read_text())
     words = ["--resume_from_checkpoint", "latest", "--output_dir", str(folder / "run")]
     free = {"output_dir", "resume_from_checkpoint", "max_train_steps", "report_to", "checkpointing_steps",
             "checkpoints_total_limit"}  # fmt: skip
     for name in record["args"]:
-        changed = {"args": record["args"] | {name: "something else"}}
+        changed = record | {"args": record["args"] | {name: "something else"}}
         (folder / "run/args.json").write_text(json.dumps(changed))
         if name in free:
             g.parse_args(words)

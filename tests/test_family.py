@@ -44,9 +44,11 @@ def from_the_algorithm_on(script):
 
 @pytest.mark.parametrize("script", OTHERS)
 def test_the_algorithm_is_the_same_text(script):
-    """From the zone's first line to the end of the file; the difference, if there is one, is printed."""
+    """From the zone's first line to the end of the file. A change in one script has to be pasted into the others."""
     one, other = from_the_algorithm_on("grpo_flux"), from_the_algorithm_on(script)
-    assert "".join(difflib.unified_diff(one, other, "grpo_flux.py", f"{script}.py", n=1)) == ""
+    difference = "".join(difflib.unified_diff(one, other, "grpo_flux.py", f"{script}.py", n=1))
+    if difference:
+        pytest.fail(difference, pytrace=False)
 
 
 @every_script
@@ -56,7 +58,11 @@ def test_all_of_the_difference_stands_where_it_may(script):
     def rest(name):
         head = text_of(name).partition("# ==== BEGIN MODEL ZONE")[0]
         functions = head.partition("\ndef parse_args")[2]
-        return [line for line in functions.splitlines() if not re.search(r"^    flag\(|set_defaults|known", line)]
+        return [
+            line
+            for line in functions.splitlines()
+            if not re.search(r"^    flag\(|set_defaults|known|harness.parse", line)
+        ]
 
     assert rest(script) == rest("grpo_flux")
 
@@ -78,7 +84,7 @@ def flags_of(script):
     return {action.dest: action for action in stopped.value.args[0]._actions if action.dest != "help"}
 
 
-# Flags whose help says where this script's default comes from, or how this model is guided.
+# Their help says where this script's default comes from, or how this model is guided; their range may differ, too.
 OWN_HELP = {"guidance_scale", "eta", "decode_x0"}
 
 
@@ -86,8 +92,9 @@ def test_a_flag_has_one_spelling_and_one_meaning():
     def meaning(name, flag):
         choices = None if flag.choices is None else list(flag.choices)
         kind = getattr(flag.type, "__name__", None)
-        what = (type(flag), flag.option_strings, kind, flag.nargs, choices, flag.metavar)
-        return what if name in OWN_HELP else (*what, flag.help)
+        choices = None if name == "preset" else choices  # each model has the presets that its sources give
+        what = (type(flag), flag.option_strings, flag.nargs, choices, flag.metavar)
+        return what if name in OWN_HELP else (*what, kind, flag.help)
 
     flags = {script: flags_of(script) for script in SCRIPTS}
     for one, other in itertools.combinations(SCRIPTS, 2):
@@ -111,7 +118,7 @@ def test_every_flag_is_read(script):
 @every_script
 def test_presets_bear_the_same_names(script):
     module = importlib.import_module(script)
-    assert [*module.PRESETS] == ["tiny", "lora", "paper", "official"]
+    assert "tiny" in module.PRESETS and {*module.PRESETS} <= {"tiny", "lora", "paper", "official"}
     assert all(preset.keys() <= flags_of(script).keys() for preset in module.PRESETS.values())
 
 

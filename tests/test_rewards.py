@@ -671,5 +671,5 @@ def test_images_and_prompts_must_match():
             reward(images, prompts)
     broken = noise()
     broken[1, 2, 3, 4] = float("nan")
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(rewards.RewardError, match="finite"):
         reward(broken, PROMPTS)

@@ -151,7 +151,7 @@ def stacked(scores):
 
 
 def close(found, wanted):
-    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)  # sums of fp32, in any order, of scores near 3
 
 
 # ---- Frames and patches --------------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def test_merged_lora_equals_lora(source):
         for rope in (model.language_model.rotary_emb, model.visual.rotary_pos_emb):
             rope.inv_freq = rope.inv_freq.bfloat16().float()
         found = model(input_ids=ids, position_ids=where).last_hidden_state
-        assert ((found - wanted).abs().max() < 2e-5) == agrees
+        assert ((found - wanted).abs().max() < 1e-4) == agrees
 
 
 def test_the_merge_is_in_float32_and_keeps_the_dtype(source):

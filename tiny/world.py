@@ -376,13 +376,13 @@ def judge_video(video):
     return {"frames": frames, "kinds": kinds, "kind": kind, "step": step, "follows": follows}
 
 
-_last = {"videos": None, "version": 0, "seen": []}  # several measures ask about the same videos: they are judged once
+_last = {"videos": None, "seen": []}  # several measures ask about the same videos: they are judged once
 
 
 def _read(videos, prompts, measure):
     """`measure(what the judge sees, scene)` of each video (F, 3, SIZE, SIZE) and prompt, as float32 (B,)."""
-    if _last["videos"] is not videos or _last["version"] != videos._version:
-        _last.update(videos=videos, version=videos._version, seen=[judge_video(v) for v in videos])
+    if _last["videos"] is None or not torch.equal(_last["videos"], videos):
+        _last.update(videos=videos.clone(), seen=[judge_video(v) for v in videos])
     return torch.tensor([float(measure(s, parse(p))) for s, p in zip(_last["seen"], prompts, strict=True)])
 
 
@@ -440,6 +440,18 @@ def video_correct(videos, prompts):
         return named and _constant(seen) >= 0.75 and _right_way(seen, scene)
 
     return _read(videos, prompts, right)
+
+
+def reads(prompt):
+    """True for a caption of this world. A run does not watch the measures below if a prompt is none."""
+    try:
+        return bool(parse(prompt))
+    except ValueError:
+        return False
+
+
+for function in (correct, smooth, sharp, well_drawn, moves_right_way, constant, video_correct):
+    function.reads = reads
 
 
 def sample(seed, n, well_made_share=WELL_MADE_SHARE, pair_share=0.4):
