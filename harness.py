@@ -38,7 +38,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # silences its advice to install torchvision
-for harmless in (".*local_dir_use_symlinks", "torch.distributed is disabled", "FSDP2-wrapped module"):
+for harmless in (".*local_dir_use_symlinks", "torch.distributed is disabled", "FSDP2-wrapped module", "Corrupt EXIF"):
     warnings.filterwarnings("ignore", message=harmless)
 
 HERE = Path(__file__).resolve().parent
@@ -403,15 +403,13 @@ def warnings_of(history):
     if len(norms) >= 5 and steps[-1]["grad_norm"] > 100 * norms[len(norms) // 2] > 0:
         found["gradient"] = "the gradient is 100 times as long as before: lower --learning_rate or --max_grad_norm"
     if len(evals) >= 4:
-        before, after = [
-            [metrics for metrics in steps if first["step"] < metrics["step"] <= last["step"]]
-            for first, last in (evals[-4:-2], evals[-2:])
-        ]
-        trained = [key for key in steps[-1] if key.startswith("reward/")] if before and after else []
-        rises = any(mean_of(after, key) > mean_of(before, key) for key in trained)
-        for key in evals[-1]:
-            values = [metrics[key] for metrics in evals[-4:]] if key.startswith("eval/") else [0]
-            if rises and all(later < earlier for earlier, later in itertools.pairwise(values)) and len(values) > 1:
+        first, second, third, last = evals[-4:]
+        early = [metrics for metrics in steps if first["step"] < metrics["step"] <= second["step"]]
+        late = [metrics for metrics in steps if third["step"] < metrics["step"] <= last["step"]]
+        trained = [key for key in steps[-1] if key.startswith("reward/")]
+        rises = early and late and any(mean_of(late, key) > mean_of(early, key) for key in trained)
+        for key in last:
+            if rises and key.startswith("eval/") and first[key] > second[key] > third[key] > last[key]:
                 found[f"hacking {key}"] = (
                     f"{key} has fallen for three evaluations while the training reward rises: the policy may fool "
                     "its reward. Lower --max_train_steps, or add a --reward"
