@@ -69,11 +69,16 @@ def resume_words(folder, output_dir):
 
 
 def outcome(folder, output_dir):
-    """(metrics without times, {file: bytes} of the last checkpoint's weights and training state)."""
+    """(metrics without times, {file: {name: bytes}} of the last checkpoint's weights and training state)."""
+    from safetensors.torch import load_file
+
     run = folder / output_dir
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = max((run / "checkpoints").glob("step_??????"))
-    files = {str(file.relative_to(last)): file.read_bytes() for file in last.rglob("*.safetensors")}
+    files = {}
+    for file in last.rglob("*.safetensors"):
+        tensors = load_file(file)  # the order of the tensors in a file is free
+        files[str(file.relative_to(last))] = {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
     return [{k: v for k, v in line.items() if k not in TIMES} for line in lines], files
 
 
