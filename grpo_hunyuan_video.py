@@ -32,7 +32,7 @@ from harness import HERE, RunError, refuse, seeded
 from harness import count, finite, fraction, fraction_below_1, guidance, not_negative
 from harness import pixels, positive, scale, up_to_1000, whole
 from rewards import RewardError, binary, check_reward_flags, load_reward_flags
-from sde import flow_sde_step, flow_sigmas, joint_nats, standard_normal, step_etas
+from sde import flow_sde_step, flow_sigmas, joint_nats, second_order, standard_normal, step_etas
 
 # Legend of shapes:  B rows = prompts x G    b rows of a micro-batch    G group size    T sampling steps
 #                    K rewards    *L latent dimensions, D their product    F frames    F' latent frames
@@ -89,6 +89,7 @@ def parse_args(argv=None):
     flag("--eta_schedule", choices=["constant", "flow_grpo"], default="constant", help="eta by step (paper: constant)")
     flag("--sde_window", type=whole, default=0, metavar="LENGTH", help="steps with noise, the ODE elsewhere; 0: all")
     flag("--sde_window_range", nargs=2, type=whole, default=[0, 0], metavar=("FIRST", "LAST"), help="window's start")
+    flag("--tail_steps", type=whole, default=0, metavar="N", help="larger steps after the window, sde.py (32); 0: all")
     flag("--init_same_noise", action=switch, default=True, help="one initial noise for a group (Algorithm 1)")
     flag("--decode_x0", action=switch, default=True, help="decode the last step's x0 (authors' code), not its latents")
     flag("--train_last_transition", action=switch, default=False, help="with --decode_x0 no reward sees its noise")
@@ -165,6 +166,11 @@ def schedule(args):
     return flow_sigmas(args.num_inference_steps, args.shift)
 
 
+def clock(sigma):
+    """What the ODE is a straight line in, where the velocity is constant: sde.py (31)."""
+    return sigma
+
+
 def predict(policy, args, latents, sigma, cond):
     """The velocity (b, *L) at sigma. The only call of the network, in rollout and update alike."""
     ones = latents.new_ones(len(latents))
@@ -206,22 +212,56 @@ def etas_of_iteration(args, iteration):
     return step_etas(schedule(args), args.eta, args.eta_schedule, window).tolist()
 
 
+def noisy_steps(etas):
+    """(first, end): the steps first to end - 1 have noise. They are the policy; the others are the ODE."""
+    noisy = [t for t, eta in enumerate(etas) if eta > 0]
+    return noisy[0], noisy[-1] + 1
+
+
 @torch.no_grad()
-def rollout(run, latents, cond, etas, generators=None):
-    """Samples a micro-batch: initial noise (b, *L), etas (T,) -> trajectory (b, T+1, *L), log_probs (b, T), decoded
-    samples. A log_prob is NaN at a step of the ODE."""
-    args, models = run.args, run.models
+def rollout(run, latents, cond, levels, etas, generators=None, order=1):
+    """Takes n steps: latents (b, *L) at the first of n + 1 levels, n etas -> trajectory (b, n+1, *L), log_probs (b, n)
+    and x0 of the last step (b, *L). A step of the ODE has log_prob NaN. order 2: sde.py (32), for the ODE alone."""
+    args = run.args
     trajectory = [latents]
     log_probs = []
-    for (level, next_level), eta in zip(pairwise(schedule(args).tolist()), etas):
+    previous = None
+    for (level, next_level), eta in zip(pairwise(levels), etas, strict=True):
         with harness.as_in_training(run):
-            output = predict(models.policy, args, latents, level, cond).detach()
-        step = policy_step(args, output, latents, level, next_level, eta, generator=generators)
+            output = predict(run.models.policy, args, latents, level, cond).detach()
+        span = clock(next_level) - clock(level)
+        straight = output if order == 1 or previous is None else second_order(output, previous[0], span, previous[1])
+        step = policy_step(args, straight, latents, level, next_level, eta, generator=generators)
+        previous = (output, span)
         latents = step.next_latents
         trajectory.append(latents)
         log_probs.append(step.log_prob)
-    samples = decode(models, args, step.x0 if args.decode_x0 else latents)
-    return torch.stack(trajectory, 1), torch.stack(log_probs, 1), samples
+    return torch.stack(trajectory, 1), torch.stack(log_probs, 1), step.x0
+
+
+def sample_policy(run, latents, cond, etas, generators):
+    """Samples from the first step with noise on: latents (b, *L) -> trajectory (b, n+1, *L) and log_probs (b, n) of the
+    n steps with noise, decoded samples. The steps after them may be fewer and larger, see --tail_steps."""
+    args, levels = run.args, schedule(run.args)
+    first, end = noisy_steps(etas)
+    policy_levels = levels[first : end + 1].tolist()
+    trajectory, log_probs, x0 = rollout(run, latents, cond, policy_levels, etas[first:end], generators)
+    latents = trajectory[:, -1]
+    tail = levels[end:]
+    if args.tail_steps and len(tail) > args.tail_steps:
+        tail = tail[torch.linspace(0, len(tail) - 1, args.tail_steps + 1).round().long()]
+    if len(tail) > 1:
+        order = 2 if args.tail_steps else 1
+        ode, _, x0 = rollout(run, latents, cond, tail.tolist(), [0.0] * (len(tail) - 1), order=order)
+        latents = ode[:, -1]
+    return trajectory, log_probs, decode(run.models, args, x0 if args.decode_x0 else latents)
+
+
+def sample_ode(run, latents, cond):
+    """Samples as users do, by all steps of the ODE: noise (b, *L) -> trajectory (b, T+1, *L), decoded samples."""
+    args = run.args
+    trajectory, _, x0 = rollout(run, latents, cond, schedule(args).tolist(), [0.0] * args.num_inference_steps)
+    return trajectory, decode(run.models, args, x0 if args.decode_x0 else trajectory[:, -1])
 
 
 def group_advantages(rewards, weights, group_size):
@@ -261,12 +301,12 @@ def choose_transitions(args, etas, *key):
     return [trainable[i] for i in order[: math.ceil(args.timestep_fraction * len(trainable))]]
 
 
-def recompute(policy, args, trajectory, t, eta, cond):
-    """Step t of a trajectory (b, T+1, *L) under `policy`: an SDEStep whose log_prob is that of the stored latents."""
+def recompute(policy, args, pair, t, eta, cond):
+    """Step t under `policy`, from its latents and the next ones, pair (b, 2, *L): an SDEStep with their log_prob."""
     level, next_level = schedule(args)[t : t + 2].tolist()
-    latents = trajectory[:, t].contiguous()  # in memory as in the rollout: a kernel may round strided rows differently
+    latents = pair[:, 0].contiguous()  # in memory as in the rollout: a kernel may round strided rows differently
     output = predict(policy, args, latents, level, cond)
-    return policy_step(args, output, latents, level, next_level, eta, trajectory[:, t + 1])
+    return policy_step(args, output, latents, level, next_level, eta, pair[:, 1])
 
 
 def policy_loss(log_prob, old_log_prob, advantage, clip_range):
@@ -294,20 +334,29 @@ def train_step(run, iteration):
     cond = harness.conditions(run, [batch[group] for group in groups])  # {name: (groups, ...)}
 
     # 2: each draw is seeded by the number of its row among the rows of all processes.
-    rows = [group * G + sample for group in groups for sample in range(G)]
-    sources = [row // G if args.init_same_noise else row for row in rows]
+    rows = [group * G + number for group in groups for number in range(G)]
+    sources = groups if args.init_same_noise else rows
     noise = init_latents(models, args, [seeded(args.seed, "init", iteration, source) for source in sources])
+
+    # 3: the samples of a group are one until the first step with noise. These steps of the ODE are taken once.
+    etas = etas_of_iteration(args, iteration)
+    first, end = noisy_steps(etas)
+    same = len(rows) // len(sources)  # rows that share a noise
+    if first > 0:
+        levels = schedule(args)[: first + 1].tolist()
+        for b in torch.arange(len(sources)).split(args.train_batch_size):
+            noise[b] = rollout(run, noise[b], take(cond, b * same // G, device), levels, etas[:first])[0][:, -1]
 
     # 3, 4: use the micro-batches of the update, since a kernel's rounding may depend on the size of a batch. Samples
     # are scored at once and dropped. Trajectories wait on the CPU: a GPU has no room for those of a whole iteration.
-    etas = etas_of_iteration(args, iteration)
-    trajectories = torch.empty(len(rows), len(etas) + 1, *noise.shape[1:])  # (B, T+1, *L)
-    old_log_probs = torch.empty(len(rows), len(etas), device=device)  # (B, T)
+    trajectories = torch.empty(len(rows), end - first + 1, *noise.shape[1:])  # (B, n+1, *L): the n steps with noise
+    old_log_probs = torch.empty(len(rows), end - first, device=device)  # (B, n)
     scored = []
     with harness.on_device(device, [models.vae]):
         for b in chain(*micro_batches(torch.arange(len(rows)), args)):
             generators = [seeded(args.seed, "noise", iteration, rows[i]) for i in b]
-            trajectory, log_probs, samples = rollout(run, noise[b], take(cond, b // G, device), etas, generators)
+            start_latents, batch_cond = noise[b // same], take(cond, b // G, device)
+            trajectory, log_probs, samples = sample_policy(run, start_latents, batch_cond, etas, generators)
             harness.check_finite(run, trajectory, [prompts[i] for i in b])
             trajectories[b] = trajectory.cpu()
             old_log_probs[b] = log_probs
@@ -331,8 +380,9 @@ def train_step(run, iteration):
             for b, steps in chain(*updates):
                 trajectory = trajectories[b].to(device)
                 for t in steps:
-                    old = recompute(models.policy, args, trajectory, t, etas[t], take(cond, b // G, device))
-                    old_log_probs[b, t] = old.log_prob.detach()
+                    pair = trajectory[:, t - first : t - first + 2]
+                    old = recompute(models.policy, args, pair, t, etas[t], take(cond, b // G, device))
+                    old_log_probs[b, t - first] = old.log_prob.detach()
 
     # 7: what is seen of each trained transition is kept for the metrics.
     seen = []
@@ -341,8 +391,9 @@ def train_step(run, iteration):
         for b, steps in update:
             trajectory = trajectories[b].to(device)
             for t in steps:
-                new = recompute(models.policy, args, trajectory, t, etas[t], take(cond, b // G, device))
-                loss, ratio = policy_loss(new.log_prob, old_log_probs[b, t], advantages[b], args.clip_range)
+                pair = trajectory[:, t - first : t - first + 2]
+                new = recompute(models.policy, args, pair, t, etas[t], take(cond, b // G, device))
+                loss, ratio = policy_loss(new.log_prob, old_log_probs[b, t - first], advantages[b], args.clip_range)
                 (loss.sum() * args.num_updates / (len(kept) * len(steps))).backward()  # the mean over an update
                 seen.append({"loss": loss.detach(), "ratio": ratio.detach()})
         if not grad_norms:  # nothing has been trained since the rollout: the two policies are one
@@ -412,7 +463,7 @@ def evaluate(run, iteration):
             batch_prompts = [prompts[i] for i in b]
             cond = take(harness.conditions(run, batch_prompts), slice(None), device)
             noise = init_latents(models, args, [seeded("eval", int(i)) for i in b])
-            trajectory, _, samples = rollout(run, noise, cond, [0.0] * args.num_inference_steps)
+            trajectory, samples = sample_ode(run, noise, cond)
             harness.check_finite(run, trajectory, batch_prompts)
             scored.append(run.eval_rewards(samples, batch_prompts))
             shown += [(prompts[i], sample.cpu()) for i, sample in zip(b, samples) if i % args.eval_samples == 0]
@@ -443,6 +494,8 @@ def check_args(args):
         refuse("--num_inference_steps", T, "at least 2, or 1 with --train_last_transition")
     if args.sde_window > end:
         refuse("--sde_window", args.sde_window, f"0 to {end}")
+    if args.tail_steps and not args.sde_window:
+        refuse("--tail_steps", args.tail_steps, "0 without --sde_window: only steps of the ODE may be larger")
     if args.sde_window and not first <= last <= end - args.sde_window:
         refuse("--sde_window_range", f"{first} {last}", f"FIRST <= LAST, in 0 to {end - args.sde_window}")
     if args.prompts_per_step % harness.WORLD:
@@ -480,7 +533,8 @@ def make_run(args):
     # fused: the other kinds of AdamW copy all weights in a step.
     decay = args.adam_weight_decay
     run.optimizer = torch.optim.AdamW(run.parameters, args.learning_rate, weight_decay=decay, fused=True)
-    harness.open_folder(run)
+    with harness.loading():
+        harness.open_folder(run)
     return run
 
 

@@ -35,6 +35,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # silences its advice to install torchvision
@@ -501,14 +502,14 @@ def keep_last_iteration(run, *expected):
     except (RunError, *expected) as error:
         print_own_frames(error.__cause__)
         reason = one_line(error)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         reason = f"a file could not be read or written: {error}"
     finally:
         alone = WORLD == 1 or not failed  # a failed process cannot save alone: the others hold shards, too
         try:
             if alone and run.consistent and run.step > run.saved:
                 save_checkpoint(run)
-        except OSError as error:
+        except (OSError, SafetensorError, RunError) as error:
             say(f"the last iteration could not be saved: {error}")
             reason = reason or "its checkpoint could not be written"
         for number, handler in handlers.items():
@@ -567,7 +568,10 @@ def save_checkpoint(run):
     state = training_state(run)
     file_numbers = {name: 1 + i // 64 for i, name in enumerate(state)}  # a file is in memory twice while it is written
     writer = dcp.HuggingFaceStorageWriter(str(part / "training_state"), file_numbers, save_distributed=True)
-    dcp.save(state, storage_writer=writer, no_dist=WORLD == 1)
+    try:
+        dcp.save(state, storage_writer=writer, no_dist=WORLD == 1)
+    except dcp.api.CheckpointException as error:  # a BaseException, with each process's own error inside
+        raise RunError(f"{part} could not be written: {[*error.failures.values()][0][0]}") from None
     with averaged_weights(run):
         save_policy(run, part)
     if RANK == 0:
@@ -859,7 +863,8 @@ def open_folder(run):
         versions = {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}
         written = {"args": vars(run.args), "commit": commit or None, "python": sys.version} | versions
         written["files"] = fingerprints(run.args)
-        (run.folder / "args.json").write_text(json.dumps(written, indent=1))
+        (run.folder / "args.part").write_text(json.dumps(written, indent=1))
+        (run.folder / "args.part").replace(run.folder / "args.json")  # whole or not at all
     say(f"preset       {run.args.preset}\nmodel        {run.args.pretrained_model_name_or_path} on {run.device}; "
         f"processes: {WORLD}\ntrained      {sum(p.numel() for p in run.parameters):,} parameters of "
         f"{run.policy_class.__name__}\noutput       {run.folder}")  # fmt: skip

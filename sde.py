@@ -360,3 +360,20 @@ def ddim_sde_step(
     kept = sigma_next * (1 - eta**2 * redrawn).sqrt()  # (25)
     mean = alpha_next * x0 + kept * noise_pred  # (26)
     return gaussian_step(mean, std, x0, next_latents, generator)
+
+
+# ---- FEWER, LARGER STEPS OF THE ODE -------------------------------------------------------------
+# A step without noise is not trained, so it may be as large as its error allows. With the clock c,
+# which is σ for the flow and λ for diffusion, all steps above without noise are Euler steps:
+#  (31) z' = z + h u                                       u is v̂ or ε̂, h = c' - c
+#       The local error is of order h², that of the end point of order h.
+#       test_steps_without_noise_are_euler_steps
+# The step before has seen u, too. A straight line through both is followed in place of a constant:
+#  (32) w = u + (h/g) (u - b)/2                            b is u of the step before, g its h
+#       It is the mean of the straight line over the step (Adams and Bashforth). z + h w has a local
+#       error of order h³, and of order h² at the end point. It costs no further call of the network.
+#       test_second_order_is_exact_on_a_line, test_second_order_converges_as_h_squared
+def second_order(output, previous, step, previous_step):
+    """(32): what to hand to a step of size `step` in place of its network's output. previous: the output one step
+    earlier, (B, *L), at a step of size previous_step."""
+    return output + step / previous_step * (output - previous) / 2

@@ -42,7 +42,7 @@ def seen_in(script, args, weights=None):
         batch_prompts = [prompts[i] for i in rows]
         latents = script.init_latents(models, args, [harness.seeded("eval", int(i)) for i in rows])
         cond = script.encode_prompts(models, args, batch_prompts)
-        videos = script.rollout(run, latents, cond, [0.0] * args.num_inference_steps)[2]
+        videos = script.sample_ode(run, latents, cond)[1]
         part = judge(videos, batch_prompts)
         if script is grpo_skyreel_i2v:
             images = script.first_frames(models, args, batch_prompts).to(models.device)[:, :, 0] / 2 + 0.5
