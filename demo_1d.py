@@ -5,17 +5,20 @@
 Panels 1 to 3 sample the same data. The ODE draws them; the SDE draws them, too, if it takes 100 steps; with 8 steps it
 leaves too much noise, sde.py (14). The grey background is the exact density at every noise level.
 
-Panel 4 is GRPO with the reward r(x) = x. The policy is the velocity of two Gaussians whose weights and centres are learned.
+Panel 4 is GRPO with the reward r(x) = x. The policy is the velocity of two Gaussians. Their weights and centres are
+learned.
 A KL penalty of strength β keeps its density near the data's density p. The density that maximises E[r] - β KL is
 known: p(x) exp(r(x)/β)/Z, where Z makes the integral 1. We call it the exact tilted answer. For r(x) = x it is two
 Gaussians again. Each centre moves by s²/β, and each weight grows by the factor exp(centre/β), before the weights are
 normalised. Without the KL there is no best density, since the centres could move to the right for ever.
 """
 
+import os
 import sys
 from collections import namedtuple
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait sleep
 import torch
 from matplotlib.figure import Figure
 from PIL import Image

@@ -33,6 +33,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
+# Threads that wait sleep. By default they spin, and one other busy program makes an iteration 15 times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -399,7 +401,7 @@ def warnings_of(history):
         found["clipped"] = "most ratios are clipped: lower --learning_rate or --num_updates, or raise --clip_range"
     if steps and steps[-1]["ratio_max_dev"] > 0:
         deviation = steps[-1]["ratio_max_dev"]
-        found["ratio"] = f"the ratio is {deviation:.1e} off 1 before the first update; --ratio_tolerance 0 would stop here"
+        found["ratio"] = f"the ratio is {deviation:.1e} off 1 before the first update; --ratio_tolerance 0 stops there"
     norms = sorted(metrics["grad_norm"] for metrics in steps[:-1])
     if len(norms) >= 5 and steps[-1]["grad_norm"] > 100 * norms[len(norms) // 2] > 0:
         found["gradient"] = "the gradient is 100 times as long as before: lower --learning_rate or --max_grad_norm"

@@ -282,7 +282,7 @@ def long(count):
             memory = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
             seen.append((step, memory, len(os.listdir(f"/proc/{process.pid}/fd"))))
     assert process.returncode == 0, process.stderr.read()
-    late = np.array([row for row in seen if row[0] > count - 200], float)
+    late = np.array([row for row in seen if row[0] > count - 200 and row[1] > 0], float)  # 0: it has ended
     slope = np.polyfit(late[:, 0], late[:, 1], 1)[0]
     times = [json.loads(line)["time_s"] for line in metrics.read_text().splitlines() if "time_s" in line]
     third = len(times) // 3

@@ -144,7 +144,7 @@ BAD = """
 --resume_from_checkpoint FILES/copied/step_000002                     args.json
 --resume_from_checkpoint FILES/torn/checkpoints/step_000002           args.json
 --resume_from_checkpoint FILES/run/checkpoints/step_000002 --output_dir OTHER            FILES/run
---resume_from_checkpoint latest --output_dir FILES/run --learning_rate 1e-3              0.0001
+--resume_from_checkpoint latest --output_dir FILES/run --learning_rate 1e-3              0.0002
 --resume_from_checkpoint latest --output_dir FILES/run --seed 1                          0
 --resume_from_checkpoint latest --output_dir FILES/run --reward clip                     hps
 --resume_from_checkpoint latest --output_dir FILES/run --model TINY/../tiny/flux         tiny/flux

@@ -118,7 +118,7 @@ def test_every_flag_is_read(script):
 @every_script
 def test_presets_bear_the_same_names(script):
     module = importlib.import_module(script)
-    assert "tiny" in module.PRESETS and {*module.PRESETS} <= {"tiny", "lora", "paper", "official"}
+    assert "tiny" in module.PRESETS and {*module.PRESETS} <= {"tiny", "lora", "fast", "paper", "official"}
     assert all(preset.keys() <= flags_of(script).keys() for preset in module.PRESETS.values())
 
 

@@ -1363,9 +1363,3 @@ def test_a_coarse_tail_ends_nearer_to_the_fine_one_than_euler_steps_of_its_size(
     coarse = levels[12:][[0, 4, 8, 12]].tolist()
     first, second = [g.rollout(run, start, cond, coarse, [0.0] * 3, order=order)[2] for order in (1, 2)]
     assert length(second - fine) < 0.8 * length(first - fine)
-
-
-def test_a_coarse_tail_needs_a_window(files, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        g.parse_args(argv(files, tmp_path / "run", sde_window=0, tail_steps=2))
-    assert "--tail_steps 2: must be 0 without --sde_window" in capsys.readouterr().err

@@ -112,11 +112,12 @@ def test_the_work_of_a_pass_is_that_of_its_products():
     assert tflop("grpo_flux", height=720, width=720) == pytest.approx(closed / 1e12, rel=0.02)
 
 
-@pytest.mark.parametrize("preset", ["lora", "official", "paper"])
+@pytest.mark.parametrize("preset", ["lora", "fast", "official", "paper"])
 @pytest.mark.parametrize("script", MODELS)
 def test_the_table_of_real_weights_tells_the_work_of_an_iteration(script, preset, monkeypatch):
-    """PFLOP of the rollout, plus those of the update: the pass forward, twice (its activations are recomputed), the way
-    back through the activations and, without a LoRA, to the weights."""
+    """PFLOP of the rollout, plus those of the update: the pass forward, twice where its activations are recomputed, the
+    way back through the activations and, without a LoRA, to the weights. With a window, the steps before it (half of
+    the places where it may start, on average) are taken once for a group, and those after it are the tail's."""
     module = importlib.import_module(script)
     monkeypatch.setattr(module, "check_model", lambda args: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -126,7 +127,11 @@ def test_the_table_of_real_weights_tells_the_work_of_an_iteration(script, preset
     trained = args.prompts_per_step * (args.best_of_n or args.num_generations)
     passes = (2 if args.gradient_checkpointing else 1) + (1 if args.rank else 2)
     steps = math.ceil(args.timestep_fraction * (T - 1))
-    work = tflop(script, **size) * (samples * T + trained * steps * passes) / 1000
+    sampled = samples * T
+    if args.sde_window:
+        steps = args.sde_window
+        sampled = samples * (steps + args.tail_steps) + args.prompts_per_step * sum(args.sde_window_range) / 2
+    work = tflop(script, **size) * (sampled + trained * steps * passes) / 1000
     paid, total = sizes(script, args.rank, args.lora_alpha)
     memory = (16 * paid + 2 * (total - paid)) / 2**30
     (row,) = re.findall(
