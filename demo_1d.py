@@ -13,12 +13,10 @@ Gaussians again. Each centre moves by s²/β, and each weight grows by the facto
 normalised. Without the KL there is no best density, since the centres could move to the right for ever.
 """
 
-import os
 import sys
 from collections import namedtuple
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait sleep
 import torch
 from matplotlib.figure import Figure
 from PIL import Image

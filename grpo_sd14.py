@@ -54,7 +54,7 @@ PRESETS = {
         prompts=f"{HERE}/tiny/prompts.txt", eval_prompts=f"{HERE}/tiny/prompts_heldout.txt", eval_samples=4,
         reward_paths=[f"hps={HERE}/tiny/hps", f"clip={HERE}/tiny/clip"],
         eval_reward=["hps", "clip", f"{HERE}/tiny/world.py:correct", f"{HERE}/tiny/world.py:well_made"],
-        num_inference_steps=12, eta=0.6, sde_window=3, sde_window_range=[0, 4], timestep_fraction=1.0,
+        num_inference_steps=12, eta=0.6, sde_window=3, sde_window_range=[0, 4], tail_steps=4, timestep_fraction=1.0,
         prompts_per_step=12, num_updates=1, clip_range=1e-2, learning_rate=1e-4, guidance_scale=2.0, ema_decay=0.9,
         max_train_steps=60, validation_steps=20,
     ),

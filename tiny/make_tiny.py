@@ -21,7 +21,6 @@ from there. Batches are drawn from (seed, step), so stopping changes nothing. A 
 import argparse
 import hashlib
 import json
-import os
 import random
 import re
 import shutil
@@ -29,7 +28,6 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait sleep
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderKLHunyuanVideo, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
