@@ -21,7 +21,6 @@ A group also shares its first frame. Guidance is part of the policy: both predic
 
 import argparse
 import functools
-import glob
 import hashlib
 import math
 import time
@@ -33,7 +32,7 @@ import harness  # before torch: it sets how torch's threads wait
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
 from harness import HERE, RunError, refuse, seeded
 from harness import count, finite, fraction, fraction_below_1, guidance, guidance_from_1
@@ -125,7 +124,7 @@ def parse_args(argv=None):
     parser.set_defaults(**PRESETS[known.preset])
     if known.images:
         parser.set_defaults(prompts=known.images)
-    return harness.parse(parser, argv, check_args, captioned_images, harness.check_run, check_model)
+    return harness.parse(parser, argv, check_args, harness.captioned_images, harness.check_run, check_model)
 
 
 # ==== BEGIN MODEL ZONE ================================================================================================
@@ -148,7 +147,7 @@ def check_model(args):
     prompts = harness.read_prompts("--prompts", args.prompts)
     if args.eval_prompts:
         prompts += harness.read_prompts("--eval_prompts", args.eval_prompts)
-    missing = {*prompts} - captioned_images(args).keys()
+    missing = {*prompts} - harness.captioned_images(args).keys()
     if missing:
         flag = f"no image is captioned {min(missing)!r}; --first_frame_model"
         harness.read_config(flag, args.first_frame_model, "model_index.json", "FluxPipeline")
@@ -168,37 +167,9 @@ def load_models(args, device):
     pipe.vae.enable_tiling()  # above 256 pixels; below, nothing changes
     encoders = [pipe.text_encoder, pipe.text_encoder_2]
     models = SimpleNamespace(pipe=pipe, policy=pipe.transformer, vae=pipe.vae, encoders=encoders, device=device)
-    models.images = captioned_images(args)
+    models.images = harness.captioned_images(args)
     models.painter = None  # loaded when the first missing frame is drawn
     return models
-
-
-def captioned_images(args):
-    """{caption: image file} of --images, and of --eval_prompts if that is a folder, too."""
-    images = {}
-    for folder in filter(None, (args.images, args.eval_prompts)):
-        for text in sorted(Path(folder).absolute().glob("*.txt")):
-            files = [file for file in text.parent.glob(f"{glob.escape(text.stem)}.*") if file != text]
-            caption = harness.read_text("--images", text).strip()
-            if len(files) != 1 or not caption or "\n" in caption or images.setdefault(caption, files[0]) != files[0]:
-                refuse("--images", text, "one line beside one image, and no other image may have the same caption")
-            try:
-                read_image(files[0])
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                refuse("--images", files[0], f"a whole image that Pillow can read ({error})")
-    if args.images and not images:
-        refuse("--images", args.images, "a folder of images, each with a .txt of its caption")
-    return images
-
-
-def read_image(file):
-    """An image as RGB. What is transparent becomes white; of 16 bits the upper 8 are kept."""
-    image = ImageOps.exif_transpose(Image.open(file))
-    if image.mode.startswith(("I", "F")):
-        values = np.asarray(image, np.float64) * (255 if image.mode == "F" else 1 / 257)
-        image = Image.fromarray(values.clip(0, 255).astype("uint8"))
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def first_frames(models, args, prompts):
@@ -209,7 +180,7 @@ def first_frames(models, args, prompts):
     if missing:
         drawn.mkdir(parents=True, exist_ok=True)
         draw_first_frames(models, args, {prompt: files[prompt] for prompt in missing})
-    images = [ImageOps.fit(read_image(files[prompt]), (args.width, args.height)) for prompt in prompts]
+    images = [ImageOps.fit(harness.read_image(files[prompt]), (args.width, args.height)) for prompt in prompts]
     values = np.stack([np.array(image) for image in images])
     return torch.from_numpy(values).permute(0, 3, 1, 2)[:, :, None] / 127.5 - 1
 

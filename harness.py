@@ -14,6 +14,7 @@ import argparse
 import atexit
 import contextlib
 import fcntl
+import glob
 import hashlib
 import itertools
 import json
@@ -293,6 +294,39 @@ def read_text(flag, file):
     data = file.read_bytes()
     encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     return data.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def captioned_images(args):
+    """{caption: image file} of --images, and of --eval_prompts if that is a folder, too."""
+    from PIL import Image
+
+    images = {}
+    for folder in filter(None, (args.images, args.eval_prompts)):
+        for text in sorted(Path(folder).absolute().glob("*.txt")):
+            files = [file for file in text.parent.glob(f"{glob.escape(text.stem)}.*") if file != text]
+            caption = read_text("--images", text).strip()
+            if len(files) != 1 or not caption or "\n" in caption or images.setdefault(caption, files[0]) != files[0]:
+                refuse("--images", text, "one line beside one image, and no other image may have the same caption")
+            try:
+                read_image(files[0])
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                refuse("--images", files[0], f"a whole image that Pillow can read ({error})")
+    if args.images and not images:
+        refuse("--images", args.images, "a folder of images, each with a .txt of its caption")
+    return images
+
+
+def read_image(file):
+    """An image as RGB. What is transparent becomes white; of 16 bits the upper 8 are kept."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(Image.open(file))
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image, np.float64) * (255 if image.mode == "F" else 1 / 257)
+        image = Image.fromarray(values.clip(0, 255).astype("uint8"))
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def download(repository, file, **how):

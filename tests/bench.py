@@ -1,14 +1,20 @@
-"""Prints three figures of the default run, each measured here and now; ratios come from alternating, paired rounds.
+"""Prints figures of the default run, each measured here and now; ratios come from alternating, paired rounds.
 
     python tests/bench.py [--rounds 3]
+    python tests/bench.py --reward_rate            trains twice, a few minutes
 
 loop_overhead  one iteration / the bare calls in it: the transformer's forward and forward+backward passes at the same
                batch, the decoder and the reward. What is above 1 is the price of everything else in the script.
 batch_gain     images trained a second at the default micro-batch / at micro-batch 1, the way of the authors' scripts.
+work           rows through the network in an iteration, rollout and update: the default / the same window without a
+               shared prefix and a coarse tail.
 peak_memory    of a run of two iterations with both evaluations, in a process of its own.
+reward_rate    rise of held-out hps, and area under the rise over time: the default run / the paper's SDE over all steps
+               with its four updates, in as much time.
 """
 
 import argparse
+import json
 import resource
 import statistics
 import subprocess
@@ -17,12 +23,15 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import harness  # noqa: E402  before torch: it sets how torch's threads wait
+
 import grpo_flux  # noqa: E402
-import harness  # noqa: E402
+import torch  # noqa: E402
+
+PAPER = "--sde_window 0 --timestep_fraction 0.6 --eta 0.3 --num_updates 4 --clip_range 1e-4".split()
+PAPER += ["--learning_rate", "1e-4"]  # that of the row in RESULTS.md
 
 
 def seconds(function):
@@ -34,7 +43,8 @@ def seconds(function):
 
 
 def bare_iteration(run):
-    """The calls of one iteration and nothing else, on prepared inputs of the same shapes."""
+    """The calls of one iteration and nothing else, on prepared inputs of the same shapes. The steps before the window
+    are left out: they are those of one row for each prompt."""
     args, models = run.args, run.models
     batch = harness.prompts_of_step(run.prompts, 0, args.prompts_per_step, 0)
     prompts = [prompt for prompt in batch for _ in range(args.num_generations)]
@@ -43,12 +53,12 @@ def bare_iteration(run):
     inputs = []
     for rows in torch.arange(len(prompts)).split(args.train_batch_size):
         inputs.append((latents[rows], grpo_flux.take(cond, rows, run.device), [prompts[i] for i in rows]))
-    trained = args.sde_window or args.num_inference_steps - 1
+    trained = args.sde_window
 
     def calls():
         with torch.no_grad():
             for x, cond, prompts in inputs:
-                for _ in range(args.num_inference_steps):
+                for _ in range(args.sde_window + args.tail_steps):
                     grpo_flux.predict(models.policy, args, x, 0.5, cond)
                 run.rewards(grpo_flux.decode(models, args, x), prompts)
         for x, cond, _ in inputs:
@@ -58,6 +68,46 @@ def bare_iteration(run):
     return calls
 
 
+def rows_of_an_iteration(run):
+    """Rows through the network: once for a pass forward, twice more for the pass back."""
+    rows = []
+    predict = grpo_flux.predict
+
+    def counted(policy, args, latents, *others):
+        rows.append(len(latents) * (3 if torch.is_grad_enabled() else 1))
+        return predict(policy, args, latents, *others)
+
+    grpo_flux.predict = counted
+    grpo_flux.train_step(run, 0)
+    grpo_flux.predict = predict
+    return sum(rows)
+
+
+def rise(folder, *flags):
+    """(seconds of training, rise of held-out hps, area under the rise over these seconds) of a whole run."""
+    command = [sys.executable, ROOT / "grpo_flux.py", "--reward", "hps", "--output_dir", folder, *flags]
+    subprocess.run(command, check=True, capture_output=True)
+    lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    seconds, area, last, first = 0.0, 0.0, (0.0, 0.0), lines[0]["eval/hps"]
+    for line in lines[1:]:
+        seconds += line["time_s"]
+        if "eval/hps" in line:
+            now = seconds, line["eval/hps"] - first
+            area += (now[0] - last[0]) * (now[1] + last[1]) / 2
+            last = now
+    return seconds, last[1], area
+
+
+def print_reward_rate(folder):
+    trial, _, _ = rise(f"{folder}/trial", *PAPER, "--max_train_steps", "2", "--eval_samples", "1")
+    seconds, ours, our_area = rise(f"{folder}/default", "--validation_steps", "6")
+    steps = max(2, round(seconds / (trial / 2)))
+    flags = [*PAPER, "--max_train_steps", str(steps), "--validation_steps", str(max(1, steps // 6))]
+    other_seconds, theirs, their_area = rise(f"{folder}/paper", *flags)
+    print(f"reward_rate    rise {ours:.4f} in {seconds:.0f} s / {theirs:.4f} in {other_seconds:.0f} s = "
+          f"{ours / theirs:.2f}; area {our_area:.2f} / {their_area:.2f} = {our_area / their_area:.2f}")  # fmt: skip
+
+
 def make_run(folder, *flags):
     return grpo_flux.make_run(grpo_flux.parse_args(["--output_dir", str(folder), *flags]))
 
@@ -65,7 +115,13 @@ def make_run(folder, *flags):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--reward_rate", action="store_true")
+    args = parser.parse_args()
+    rounds = args.rounds
+    if args.reward_rate:
+        with tempfile.TemporaryDirectory() as folder:
+            print_reward_rate(folder)
+        return
     with tempfile.TemporaryDirectory() as folder:
         default = make_run(f"{folder}/default")
         # Two prompts are enough to see the rate at micro-batch 1.
@@ -87,6 +143,10 @@ def main():
         print(f"iteration      {statistics.median(loop_times):.2f} s, bare calls {statistics.median(bare_times):.2f} s")
         print(f"loop_overhead  {statistics.median(ratios):.3f}  (rounds: {' '.join(f'{r:.3f}' for r in ratios)})")
         print(f"batch_gain     {statistics.median(gains):.2f}  (rounds: {' '.join(f'{g:.2f}' for g in gains)})")
+        work = [rows_of_an_iteration(default)]
+        every = make_run(f"{folder}/every", "--tail_steps", "0", "--no-init_same_noise")
+        work.append(rows_of_an_iteration(every))
+        print(f"work           {work[0]:,} / {work[1]:,} rows = {work[0] / work[1]:.2f}")
         command = [sys.executable, ROOT / "grpo_flux.py", "--max_train_steps", "2", "--output_dir", f"{folder}/memory"]
         subprocess.run(command, check=True, capture_output=True)
     # Linux counts kilobytes; the figure is the largest resident size of any child.

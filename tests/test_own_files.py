@@ -201,14 +201,14 @@ def test_images_look_as_they_look_elsewhere(files):
     save_pair(files / "i", "g.PNG", Image.new("L", (8, 8), 77))
     wanted = {"a.png": (63,) * 3, "b.tiff": (63,) * 3, "c.png": (255,) * 3, "d.png": (255, 127, 127),
               "e.gif": (255,) * 3, "f.BMP": (1, 2, 3), "g.PNG": (77,) * 3}  # fmt: skip
-    assert {name: skyreel.read_image(files / "i" / name).getpixel((3, 3)) for name in wanted} == wanted
+    assert {name: harness.read_image(files / "i" / name).getpixel((3, 3)) for name in wanted} == wanted
 
 
 def test_every_suffix_is_an_image_and_captions_are_of_any_system(files):
     for name, caption in (("a.PNG", b"a red circle\r"), ("b.gif", "a blue ring".encode("utf-16")), ("c.JPEG", b"a cat\r\n"),
                           ("d [1].bmp", b"\xef\xbb\xbfa dog")):  # fmt: skip
         save_pair(files / "i", name, Image.new("RGB", (8, 8)), caption)
-    found = skyreel.captioned_images(type("Args", (), dict(images="i", eval_prompts=None)))
+    found = harness.captioned_images(type("Args", (), dict(images="i", eval_prompts=None)))
     assert {caption: file.name for caption, file in found.items()} == {
         "a red circle": "a.PNG", "a blue ring": "b.gif", "a cat": "c.JPEG", "a dog": "d [1].bmp"
     }  # fmt: skip
