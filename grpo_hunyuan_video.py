@@ -54,7 +54,7 @@ PRESETS = {
         prompts=f"{HERE}/tiny/prompts_video.txt", eval_prompts=f"{HERE}/tiny/prompts_video_heldout.txt", eval_samples=2,
         reward_paths=[f"{name}={HERE}/tiny/{name}" for name in ("videoalign", "hps", "clip")],
         eval_reward=["vq", "mq", "ta", f"{HERE}/tiny/world.py:well_drawn", f"{HERE}/tiny/world.py:smooth"],
-        num_inference_steps=12, eta=1.0, sde_window=3, sde_window_range=[0, 4], tail_steps=3, timestep_fraction=1.0,
+        num_inference_steps=12, eta=1.0, sde_window=3, sde_window_range=[0, 4], timestep_fraction=1.0,
         prompts_per_step=12, num_generations=12, num_updates=1, clip_range=1e-2, learning_rate=1e-4,
         train_batch_size=36, max_train_steps=40, validation_steps=10,
     ),
