@@ -1327,11 +1327,15 @@ def rows_of_calls(run, monkeypatch):
 @pytest.mark.parametrize("tail_steps, tail", [(0, [5, 6, 7]), (2, [5, 7]), (1, [5]), (3, [5, 6, 7]), (9, [5, 6, 7])])
 def test_before_the_window_a_group_is_one_row_and_after_it_the_steps_are_few(tail_steps, tail, build, monkeypatch):
     run = build(**SAVING, tail_steps=tail_steps)
+    second = []
+    second_order = g.second_order
+    monkeypatch.setattr(g, "second_order", lambda *words: second.append(1) or second_order(*words))
     levels = [round(level, 6) for level in g.schedule(run.args).tolist()]
     calls = rows_of_calls(run, monkeypatch)
     assert g.train_step(run, 0)["ratio_max_dev"] == 0
     wanted = {t: [2] for t in (0, 1, 2)} | {t: [8, 8] for t in (3, 4)} | {t: [8] for t in tail}
     assert calls == {levels[t]: rows for t, rows in wanted.items()}
+    assert len(second) == (len(tail) - 1 if tail_steps else 0)  # the first step of a tail knows no step before it
 
 
 def test_without_a_shared_noise_each_row_has_its_own_prefix(build, monkeypatch, watch):

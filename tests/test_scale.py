@@ -204,7 +204,8 @@ def test_one_signal_stops_all_processes_after_the_same_iteration(start, tmp_path
     words = [*FEW, "--reward", "rewards.py:red", "--max_train_steps", "500", "--checkpointing_steps", "500"]
     process = start(2, ROOT / "grpo_flux.py", *words, "--output_dir", "run")
     started = time.time()
-    while process.poll() is None and time.time() < started + 200 and not (tmp_path / "run/metrics.jsonl").exists():
+    metrics = tmp_path / "run/metrics.jsonl"
+    while process.poll() is None and time.time() < started + 200 and not (metrics.exists() and metrics.stat().st_size):
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=120)[0]
