@@ -304,23 +304,38 @@ def rollout(run, latents, cond, levels, etas, generators=None, order=1):
     args = run.args
     trajectory = [latents]
     log_probs = []
-    previous = None
+    previous = previous_span = None
     for (level, next_level), eta in zip(pairwise(levels), etas, strict=True):
         with harness.as_in_training(run):
             output = predict(run.models.policy, args, latents, level, cond).detach()
         span = clock(next_level) - clock(level)
-        straight = output if order == 1 or previous is None else second_order(output, previous[0], span, previous[1])
-        step = policy_step(args, straight, latents, level, next_level, eta, generator=generators)
-        previous = (output, span)
+        direction = output
+        if order == 2 and previous is not None:
+            direction = second_order(output, previous, span, previous_span)
+        step = policy_step(args, direction, latents, level, next_level, eta, generator=generators)
+        previous, previous_span = output, span
         latents = step.next_latents
         trajectory.append(latents)
         log_probs.append(step.log_prob)
     return torch.stack(trajectory, 1), torch.stack(log_probs, 1), step.x0
 
 
+def steps_before_noise(run, noise, cond, etas):
+    """The samples that share an initial noise are the same until the first step with noise. So these steps of the ODE
+    are taken once for each initial noise: (n, *L) -> latents (n, *L). cond: n conditions."""
+    first, _ = noisy_steps(etas)
+    if first == 0:
+        return noise
+    levels = schedule(run.args)[: first + 1].tolist()
+    ends = []
+    for b in torch.arange(len(noise)).split(run.args.train_batch_size):
+        ends.append(rollout(run, noise[b], take(cond, b, run.device), levels, etas[:first])[0][:, -1])
+    return torch.cat(ends)
+
+
 def sample_policy(run, latents, cond, etas, generators):
-    """Samples from the first step with noise on: latents (b, *L) -> trajectory (b, n+1, *L) and log_probs (b, n) of the
-    n steps with noise, decoded samples. The steps after them may be fewer and larger, see --tail_steps."""
+    """From the first step with noise to the samples: latents (b, *L) -> trajectory (b, n+1, *L) and log_probs (b, n) of
+    the n steps with noise, decoded samples. --tail_steps takes fewer and larger steps after them."""
     args, levels = run.args, schedule(run.args)
     first, end = noisy_steps(etas)
     policy_levels = levels[first : end + 1].tolist()
@@ -416,26 +431,21 @@ def train_step(run, iteration):
     rows = [group * G + number for group in groups for number in range(G)]
     sources = groups if args.init_same_noise else rows
     noise = init_latents(models, args, [seeded(args.seed, "init", iteration, source) for source in sources])
-
-    # 3: the samples of a group are one until the first step with noise. These steps of the ODE are taken once.
-    etas = etas_of_iteration(args, iteration)
-    first, end = noisy_steps(etas)
     same = len(rows) // len(sources)  # rows that share a noise
-    if first > 0:
-        levels = schedule(args)[: first + 1].tolist()
-        for b in torch.arange(len(sources)).split(args.train_batch_size):
-            noise[b] = rollout(run, noise[b], take(cond, b * same // G, device), levels, etas[:first])[0][:, -1]
 
     # 3, 4: use the micro-batches of the update, since a kernel's rounding may depend on the size of a batch. Samples
     # are scored at once and dropped. Trajectories wait on the CPU: a GPU has no room for those of a whole iteration.
+    etas = etas_of_iteration(args, iteration)
+    first, end = noisy_steps(etas)
+    starts = steps_before_noise(run, noise, take(cond, torch.arange(len(sources)) * same // G, "cpu"), etas)
     trajectories = torch.empty(len(rows), end - first + 1, *noise.shape[1:])  # (B, n+1, *L): the n steps with noise
     old_log_probs = torch.empty(len(rows), end - first, device=device)  # (B, n)
     scored = []
     with harness.on_device(device, [models.vae]):
         for b in chain(*micro_batches(torch.arange(len(rows)), args)):
             generators = [seeded(args.seed, "noise", iteration, rows[i]) for i in b]
-            start_latents, batch_cond = noise[b // same], take(cond, b // G, device)
-            trajectory, log_probs, samples = sample_policy(run, start_latents, batch_cond, etas, generators)
+            batch_cond = take(cond, b // G, device)
+            trajectory, log_probs, samples = sample_policy(run, starts[b // same], batch_cond, etas, generators)
             harness.check_finite(run, trajectory, [prompts[i] for i in b])
             trajectories[b] = trajectory.cpu()
             old_log_probs[b] = log_probs
@@ -580,7 +590,7 @@ def check_args(args):
     if trained % args.num_updates:
         refuse("--num_updates", args.num_updates, f"a divisor of the {trained} samples that each process trains")
     if args.prompts_per_step * G > 10**6:
-        refuse("--num_generations", G, "less: an iteration may have a million samples")
+        refuse("--num_generations", G, "smaller: an iteration may have a million samples")
     check_reward_flags(args, vars(args).get("num_frames", 1))
 
 

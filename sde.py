@@ -368,10 +368,11 @@ def ddim_sde_step(
 #  (31) z' = z + h u                                       u is v̂ or ε̂, h = c' - c
 #       The local error is of order h², that of the end point of order h.
 #       test_steps_without_noise_are_euler_steps
-# The step before has seen u, too. A straight line through both is followed in place of a constant:
+# Euler takes u for constant during a step. The step before gave an output, too. A straight line through
+# the two outputs is nearer to the truth:
 #  (32) w = u + (h/g) (u - b)/2                            b is u of the step before, g its h
-#       It is the mean of the straight line over the step (Adams and Bashforth). z + h w has a local
-#       error of order h³, and of order h² at the end point. It costs no further call of the network.
+#       w is the mean of that line over the step (Adams and Bashforth). With w in place of u the local
+#       error is of order h³, and that of the end point of order h². No further call is needed.
 #       test_second_order_is_exact_on_a_line, test_second_order_converges_as_h_squared
 def second_order(output, previous, step, previous_step):
     """(32): what to hand to a step of size `step` in place of its network's output. previous: the output one step
