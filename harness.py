@@ -36,8 +36,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 if "OMP_WAIT_POLICY" not in os.environ:
-    # A thread that waits for another one may spin or sleep. Spinning is fast on a quiet machine. Beside one busy program
-    # it makes an iteration 3 times as long, since it holds the core that the other thread needs. So we spin briefly.
+    # A thread that waits for another one may spin or sleep. Spinning is fast on a quiet machine. Beside one busy
+    # program it makes an iteration 3 times as long: it holds the core that the other thread needs. So we spin briefly.
     os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
 import torch
 import torch.distributed as dist
@@ -214,7 +214,7 @@ def check_resume(args):
             refuse(f"--{name}", value, f"{before.get(name)}, as in the run that is continued")
     for path, known in fingerprints(args).items():
         if files.get(path) != known:
-            refuse(flag, args.resume_from_checkpoint, f"of a run whose files are unchanged: {path} has changed since it began")
+            refuse(flag, args.resume_from_checkpoint, f"of a run with unchanged files: {path} has changed")
     if checkpoint and RANK == 0:
         check_checkpoint(flag, checkpoint)
     args.output_dir = str(folder)

@@ -311,7 +311,7 @@ def test_a_run_does_not_go_on_with_other_inputs(kind, files, capsys):
         file.write("\n# a blue ring\n")
     words = [*FEW, "--output_dir", "run", "--prompts", "prompts.txt", "--eval_prompts", "prompts.txt"]
     error = refused(capsys, g, *words, "--reward", "own.py:bright", "--resume_from_checkpoint", "latest")
-    assert f"{kind} has changed since it began" in error
+    assert f"{kind} has changed" in error
 
 
 DAMAGE = {
