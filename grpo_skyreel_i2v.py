@@ -38,7 +38,7 @@ from harness import HERE, RunError, refuse, seeded
 from harness import count, finite, fraction, fraction_below_1, guidance, guidance_from_1
 from harness import not_negative, pixels, positive, scale, up_to_1000, whole
 from rewards import RewardError, binary, check_reward_flags, load_reward_flags
-from sde import flow_sde_step, flow_sigmas, joint_nats, second_order, standard_normal, step_etas
+from sde import flow_sde_step, flow_sigmas, gaussian_kl, joint_nats, second_order, standard_normal, step_etas
 
 # Legend of shapes:  B rows = prompts x G    b rows of a micro-batch    G group size    T sampling steps
 #                    K rewards    *L latent dimensions, D their product    F frames    F' latent frames
@@ -110,6 +110,9 @@ def parse_args(argv=None):
     flag("--num_generations", type=count, default=12, help="G, samples for each prompt (Table 6)")
     flag("--best_of_n", type=whole, default=0, metavar="K", help="train on the K/2 best and worst of a group; 0: all")
     flag("--timestep_fraction", type=fraction, default=0.6, help="share of the transitions that is trained (Table 6)")
+    flag("--timesteps", choices=["random", "first", "last"], default="random", help="which of them (Algorithm 1)")
+    flag("--advantage", choices=["group", "global"], default="group", help="mean and std of a group, or of all (DDPO)")
+    flag("--kl_beta", type=not_negative, default=0.0, help="weight of the KL to the base model, sde.py (33) (paper: 0)")
     flag("--num_updates", type=count, help="optimizer steps in an iteration")
     flag("--clip_range", type=fraction_below_1, default=1e-4, help="the ratio is clipped to 1 +- this (Table 6)")
     flag("--adv_clip_max", type=positive, default=5.0, help="clamp of the advantage (script)")
@@ -387,11 +390,15 @@ def micro_batches(rows, args):
 
 
 def choose_transitions(args, etas, *key):
-    """A random subset of the transitions that have noise: a step of the ODE has no density. The last transition is left
-    out unless --train_last_transition asks for it: its noise reaches no reward, sde.py (16)."""
+    """A subset of the transitions that have noise: a step of the ODE has no density. The last transition is left out
+    unless --train_last_transition asks for it: its noise reaches no reward, sde.py (16)."""
     end = args.num_inference_steps - (not args.train_last_transition)
     trainable = [t for t in range(end) if etas[t] > 0]
-    order = torch.randperm(len(trainable), generator=seeded(*key))
+    order = torch.arange(len(trainable))
+    if args.timesteps == "random":
+        order = torch.randperm(len(trainable), generator=seeded(*key))
+    if args.timesteps == "last":
+        order = order.flip(0)
     return [trainable[i] for i in order[: math.ceil(args.timestep_fraction * len(trainable))]]
 
 
@@ -455,7 +462,8 @@ def train_step(run, iteration):
     # 5: best-of-N selects rows after the whole group is normalised.
     objectives = binary(scores, args.reward_thresholds) if args.reward_thresholds else scores
     weights = torch.tensor(args.reward_weights or [1.0] * len(scores))
-    advantages, flat_groups = group_advantages(torch.stack([*objectives.values()], 1).cpu(), weights, G)
+    size = G if args.advantage == "group" else len(rows)
+    advantages, flat_groups = group_advantages(torch.stack([*objectives.values()], 1).cpu(), weights, size)
     kept = best_and_worst(advantages, G, args.best_of_n) if args.best_of_n else torch.arange(len(rows))
     advantages = advantages.clamp(-args.adv_clip_max, args.adv_clip_max).float().to(device)  # (B,)
 
@@ -472,6 +480,14 @@ def train_step(run, iteration):
                     pair = trajectory[:, t - first : t - first + 2]
                     old = recompute(models.policy, args, pair, t, etas[t], take(cond, b // G, device))
                     old_log_probs[b, t - first] = old.log_prob.detach()
+    if args.kl_beta:  # the base model is the network with the weights that it had at first
+        base_means = torch.empty_like(trajectories[:, 1:])
+        with torch.no_grad(), harness.other_weights(run, run.base_weights):
+            for b, steps in chain(*updates):
+                for t in steps:
+                    pair = trajectories[b, t - first : t - first + 2].to(device)
+                    base = recompute(models.policy, args, pair, t, etas[t], take(cond, b // G, device))
+                    base_means[b, t - first] = base.mean.cpu()
 
     # 7: what is seen of each trained transition is kept for the metrics.
     seen = []
@@ -483,8 +499,12 @@ def train_step(run, iteration):
                 pair = trajectory[:, t - first : t - first + 2]
                 new = recompute(models.policy, args, pair, t, etas[t], take(cond, b // G, device))
                 loss, ratio = policy_loss(new.log_prob, old_log_probs[b, t - first], advantages[b], args.clip_range)
-                (loss.sum() * args.num_updates / (len(kept) * len(steps))).backward()  # the mean over an update
-                seen.append({"loss": loss.detach(), "ratio": ratio.detach()})
+                kl = torch.zeros_like(loss)
+                if args.kl_beta:
+                    kl = gaussian_kl(new.mean, base_means[b, t - first].to(device), new.std)
+                total = loss + args.kl_beta * kl
+                (total.sum() * args.num_updates / (len(kept) * len(steps))).backward()  # the mean over an update
+                seen.append({"loss": total.detach(), "ratio": ratio.detach(), "kl": kl.detach()})
         if not grad_norms:  # nothing has been trained since the rollout: the two policies are one
             first_ratios = harness.everyone(torch.cat([part["ratio"] for part in seen]), device)
             check_ratio(first_ratios, args, iteration)
@@ -512,9 +532,10 @@ def check_ratio(ratios, args, iteration):
 
 
 def metrics_of(run, scores, advantages, flat_groups, first_ratios, seen, start):
-    """The metrics of an iteration, over all processes. seen: the loss and the ratio of each transition, (b,) each."""
+    """The metrics of an iteration, over all processes. seen: loss, ratio and kl of each transition, (b,) each."""
     args, device = run.args, run.device
-    loss, ratio = [harness.everyone(torch.cat([part[name] for part in seen]), device) for name in ("loss", "ratio")]
+    seen = {name: harness.everyone(torch.cat([part[name] for part in seen]), device) for name in seen[0]}
+    loss, ratio = seen["loss"], seen["ratio"]
     scores = {name: harness.everyone(score, device) for name, score in scores.items()}  # {name: (WORLD, B)}
     spreads = {name: score.view(-1, args.num_generations).std(1) for name, score in scores.items()}
     metrics = {f"reward/{name}": float(score.mean()) for name, score in scores.items()}
@@ -527,6 +548,7 @@ def metrics_of(run, scores, advantages, flat_groups, first_ratios, seen, start):
         "ratio_mean": float(ratio.mean()),
         "clip_frac": float(((ratio - 1).abs() > args.clip_range).double().mean()),
         "approx_kl": float((ratio - 1 - ratio.log()).mean()),  # of mean log-probabilities; estimator k3 of Schulman
+        "kl": float(seen["kl"].mean()),  # to the base model; 0 without --kl_beta
         "zero_std_groups": int(harness.everyone(flat_groups, device).sum()),
         "updates": args.num_updates,
         "lr": args.learning_rate,
@@ -585,6 +607,8 @@ def check_args(args):
         refuse("--sde_window", args.sde_window, f"0 to {end}")
     if args.sde_window and not first <= last <= end - args.sde_window:
         refuse("--sde_window_range", f"{first} {last}", f"FIRST <= LAST, in 0 to {end - args.sde_window}")
+    if args.advantage == "global" and harness.WORLD > 1:
+        refuse("--advantage", "global", "group in several processes: each knows its own samples only")
     if args.prompts_per_step % harness.WORLD:
         refuse("--prompts_per_step", args.prompts_per_step, f"a multiple of the {harness.WORLD} processes")
     if trained % args.num_updates:
@@ -617,6 +641,8 @@ def make_run(args):
     run.rewards = run.eval_rewards.first(len(args.reward))  # the others are watched
     run.encode = functools.partial(encode_prompts, run.models, args)
     harness.prepare_policy(run, PART, LORA_TARGETS)
+    if args.kl_beta:
+        run.base_weights = harness.copies(run.parameters)
     # fused: the other kinds of AdamW copy all weights in a step.
     decay = args.adam_weight_decay
     run.optimizer = torch.optim.AdamW(run.parameters, args.learning_rate, weight_decay=decay, fused=True)

@@ -677,16 +677,28 @@ def load_checkpoint(run):
 
 
 @contextlib.contextmanager
-def averaged_weights(run):
-    """Within this context the network has its averaged weights, if --ema_decay is set."""
-    if run.ema:
-        run.ema.store(run.parameters)
-        run.ema.copy_to(run.parameters)
+def other_weights(run, values):
+    """Within this context the network has these values of its trained weights."""
+    own = copies(run.parameters)
     try:
+        put(run.parameters, values)
         yield
     finally:
-        if run.ema:
-            run.ema.restore(run.parameters)
+        put(run.parameters, own)
+
+
+def copies(tensors):
+    return [tensor.detach().cpu().clone() for tensor in tensors]
+
+
+def put(parameters, values):
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.data.copy_(value)
+
+
+def averaged_weights(run):
+    """Within this context the network has its averaged weights, if --ema_decay is set."""
+    return other_weights(run, run.ema.shadow_params) if run.ema else contextlib.nullcontext()
 
 
 def conditions(run, prompts):

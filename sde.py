@@ -378,3 +378,15 @@ def second_order(output, previous, step, previous_step):
     """(32): what to hand to a step of size `step` in place of its network's output. previous: the output one step
     earlier, (B, *L), at a step of size previous_step."""
     return output + step / previous_step * (output - previous) / 2
+
+
+# ---- THE DISTANCE TO THE BASE MODEL --------------------------------------------------------------
+# A policy that is paid for a reward alone may leave everything else behind. A KL to the base model
+# holds it back. Both policies take their step from the same x, with the same std.
+#  (33) KL(π ‖ π_ref)/D = mean((μ - μ_ref)²)/(2 std²)      in nats per latent dimension, as ℓ
+#       In E_π[ℓ - ℓ_ref], the log(std) of the two cancel. With x' = μ + std ξ what is left is
+#       E[(std ξ + μ - μ_ref)² - (std ξ)²]/(2 std²). The term with ξ alone in the first power has mean 0.
+#       test_kl_is_torchs, test_kl_gradient_pulls_to_the_reference
+def gaussian_kl(mean, reference_mean, std):
+    """(33): the KL divergence of two policies with the same std; means (B, *L) -> (B,)."""
+    return ((mean - reference_mean) ** 2 / (2 * std**2)).flatten(1).mean(1)

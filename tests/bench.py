@@ -1,7 +1,9 @@
 """Prints figures of the default run, each measured here and now; ratios come from alternating, paired rounds.
 
-    python tests/bench.py [--rounds 3]
+    python tests/bench.py [--rounds 3]             the figures from loop_overhead to peak_memory
     python tests/bench.py --reward_rate            trains twice, a few minutes
+    python tests/bench.py --profile                where an iteration's time goes, in three scripts
+    python tests/bench.py --trl PYTHON             against TRL's DDPOTrainer, see tests/bench_trl.py
 
 loop_overhead  one iteration / the bare calls in it: the transformer's forward and forward+backward passes at the same
                batch, the decoder and the reward. What is above 1 is the price of everything else in the script.
@@ -11,10 +13,17 @@ work           rows through the network in an iteration, rollout and update: the
 peak_memory    of a run of two iterations with both evaluations, in a process of its own.
 reward_rate    rise of held-out hps, and area under the rise over time: the default run / the paper's SDE over all steps
                with its four updates, in as much time.
+profile        seconds of an iteration in the network's forward passes of rollout and update, its backward passes, the
+               decoder, the rewards, and the rest; the median of the rounds.
+trl            a step of grpo_sd14.py / a step of TRL's trainer, on equal work: 144 images of 12 steps, all of them noisy
+               and trained, guidance, micro-batches of 72, one update.
 """
 
 import argparse
+import collections
+import importlib
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -28,10 +37,12 @@ sys.path.insert(0, str(ROOT))
 import harness  # noqa: E402  before torch: it sets how torch's threads wait
 
 import grpo_flux  # noqa: E402
+import grpo_sd14  # noqa: E402
 import torch  # noqa: E402
 
 PAPER = "--sde_window 0 --timestep_fraction 0.6 --eta 0.3 --num_updates 4 --clip_range 1e-4".split()
 PAPER += ["--learning_rate", "1e-4"]  # that of the row in RESULTS.md
+PARTS = ("rollout", "update", "backward", "decoder", "rewards")
 
 
 def seconds(function):
@@ -108,20 +119,78 @@ def print_reward_rate(folder):
           f"{ours / theirs:.2f}; area {our_area:.2f} / {their_area:.2f} = {our_area / their_area:.2f}")  # fmt: skip
 
 
-def make_run(folder, *flags):
-    return grpo_flux.make_run(grpo_flux.parse_args(["--output_dir", str(folder), *flags]))
+def make_run(folder, *flags, script=grpo_flux):
+    return script.make_run(script.parse_args(["--output_dir", str(folder), *flags]))
+
+
+def print_profile(rounds, folder):
+    spent = collections.Counter()
+
+    def timed(function, name):
+        def call(*args, **kwargs):
+            took = time.perf_counter()
+            result = function(*args, **kwargs)
+            spent[name() if callable(name) else name] += time.perf_counter() - took
+            return result
+
+        return call
+
+    torch.Tensor.backward = timed(torch.Tensor.backward, "backward")
+    print("profile        script, " + ", ".join(["iteration", *PARTS, "rest"]))
+    for name in ("grpo_flux", "grpo_sd14", "grpo_hunyuan_video"):
+        script = importlib.import_module(name)
+        run = make_run(f"{folder}/{name}", script=script)
+        script.predict = timed(script.predict, lambda: "update" if torch.is_grad_enabled() else "rollout")
+        script.decode = timed(script.decode, "decoder")
+        run.rewards = timed(run.rewards, "rewards")
+        rows = []
+        for step in range(rounds + 1):
+            spent.clear()
+            total = seconds(lambda: script.train_step(run, step))
+            rows.append([total, *(spent[part] for part in PARTS), total - sum(spent.values())])
+        medians = [statistics.median(column) for column in zip(*rows[1:])]  # the first is a warm-up
+        print(f"               {name}: " + "  ".join(f"{median:.2f}" for median in medians), flush=True)
+
+
+def print_trl(rounds, folder, python):
+    reward = Path(folder, "brightness.py")
+    reward.write_text("def brightness(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    flags = "--sde_window 0 --tail_steps 0 --train_last_transition".split()
+    run = make_run(f"{folder}/ours", "--reward", f"{reward}:brightness", *flags, script=grpo_sd14)
+    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    command = [python, Path(__file__).with_name("bench_trl.py")]
+    peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                            text=True, env=environment)  # fmt: skip
+    ratios = []
+    for step in range(rounds + 1):
+        ours = seconds(lambda: grpo_sd14.train_step(run, step))
+        peer.stdin.write("\n")
+        peer.stdin.flush()
+        theirs = float(peer.stdout.readline().split()[1])
+        if step:  # the first is a warm-up
+            ratios.append(ours / theirs)
+            print(f"trl            {ours:.2f} / {theirs:.2f} s = {ratios[-1]:.3f}", flush=True)
+    peer.stdin.close()
+    gib = float(peer.stdout.readline().split()[1])
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"trl            median {statistics.median(ratios):.3f}; peak memory {own:.2f} / {gib:.2f} GiB")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--reward_rate", action="store_true")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--trl", metavar="PYTHON")
     args = parser.parse_args()
     rounds = args.rounds
-    if args.reward_rate:
-        with tempfile.TemporaryDirectory() as folder:
-            print_reward_rate(folder)
-        return
+    with tempfile.TemporaryDirectory() as folder:
+        if args.reward_rate:
+            return print_reward_rate(folder)
+        if args.profile:
+            return print_profile(rounds, folder)
+        if args.trl:
+            return print_trl(rounds, folder, args.trl)
     with tempfile.TemporaryDirectory() as folder:
         default = make_run(f"{folder}/default")
         # Two prompts are enough to see the rate at micro-batch 1.

@@ -389,6 +389,9 @@ def test_gradient_is_minus_ratio_times_advantage_and_0_where_clipped(log_ratio, 
 def advantages_by_hand(args, scores):
     """Algorithm 1, line 8, with Python's numbers; and the rows to train."""
     G, total = args.num_generations, None
+    scores = {name: list(score) for name, score in scores.items()}
+    if args.advantage == "global":
+        G = sum(len(score) for score in scores.values()) // len(scores)
     weights = args.reward_weights or [1] * len(scores)
     thresholds = args.reward_thresholds or [None] * len(scores)
     for weight, threshold, score in zip(weights, thresholds, scores.values(), strict=True):
@@ -458,6 +461,9 @@ CASES = {
     "other guidance and shift": (WINDOW | dict(guidance_scale=1.5, shift=1.7), [1, 2]),
     "gradient checkpointing": (WINDOW | dict(gradient_checkpointing=True), [1, 2]),
     "LoRA": (WINDOW | dict(rank=4, lora_alpha=12), [1, 2]),
+    "the first transitions": (dict(timesteps="first", timestep_fraction=0.6), [0, 1]),
+    "the last transitions": (dict(timesteps="last", timestep_fraction=0.6), [1, 2]),
+    "mean and std of all samples": (WINDOW | dict(advantage="global", reward="number"), [1, 2]),
 }  # fmt: skip
 
 
@@ -476,6 +482,57 @@ def test_gradient_is_that_of_the_objective_written_by_hand(case, build, watch):
         assert close(gradient, loss_gradient(objectives, policy))
     assert metrics["advantage_abs_mean"] == pytest.approx(float(advantages.abs().mean()))
     assert metrics["grad_norm"] == pytest.approx(sum(map(length, log.gradients)) / len(log.gradients), rel=1e-5)
+
+
+def moved(run):
+    """Other weights, as after some training."""
+    for i, parameter in enumerate(run.parameters):
+        noise = torch.randn(parameter.shape, generator=harness.seeded("moved", i))
+        parameter.data.add_(0.1 * parameter.abs().mean().clamp_min(0.3 if run.args.rank else 0.01) * noise)
+
+
+@pytest.mark.parametrize("flags", [dict(), dict(rank=4, lora_alpha=8), dict(num_updates=2, best_of_n=2)])
+def test_gradient_of_the_kl_is_that_of_torch_distributions(flags, build, watch):
+    """The reward is flat, so nothing but the KL moves the policy. The base model is loaded anew."""
+    run = build(**WINDOW, reward="constant", kl_beta=0.3, **flags)
+    moved(run)
+    log = watch(run, frozen=True)
+    metrics = g.train_step(run, 0)
+    base = FluxTransformer2DModel.from_pretrained(run.args.pretrained_model_name_or_path, subfolder="transformer")
+    base = base.float()
+    rows = torch.tensor([0, 3, 4, 7]) if run.args.best_of_n else torch.arange(8)  # of equals, the first and the last
+    kls, parts = [], rows.chunk(run.args.num_updates)
+    for part, gradient in zip(parts, log.gradients, strict=True):
+        normals = {policy: policies(run, log, part, (1, 2), policy) for policy in (run.models.policy, base)}
+        pairs = zip(*normals.values())
+        kl = torch.stack([torch.distributions.kl_divergence(p, q).mean((1, 2)) for p, q in pairs]).mean()
+        assert close(gradient, flat(torch.autograd.grad(0.3 * kl, run.parameters)), 1e-3)
+        kls.append(float(kl.detach()))
+    assert metrics["kl"] == pytest.approx(sum(kls) / len(kls), rel=1e-4) and metrics["kl"] > 1e-4
+    assert metrics["loss"] == pytest.approx(0.3 * metrics["kl"], rel=1e-4)
+    assert torch.equal(flat(run.parameters), log.weights[-1])  # the base model was there for a moment only
+
+
+def policies(run, log, rows, steps, network):
+    """The Gaussians of these steps, from the trajectories that were drawn: sde.py (12)."""
+    sigmas, trajectory = g.schedule(run.args).tolist(), torch.cat(log.trajectories)[rows]
+    cond = harness.conditions(run, [log.prompts[i] for i in rows])
+    normals = []
+    for t in steps:
+        velocity = g.predict(network, run.args, trajectory[:, t].contiguous(), sigmas[t], cond)
+        step = g.policy_step(run.args, velocity, trajectory[:, t], *sigmas[t : t + 2], run.args.eta, trajectory[:, t + 1])
+        normals.append(torch.distributions.Normal(step.mean, step.std))
+    return normals
+
+
+def test_the_kl_is_0_at_first_and_holds_the_policy_near_the_base_model(build):
+    drift = {}
+    for beta in (1e-9, 10.0):
+        run = build(**WINDOW, kl_beta=beta, learning_rate=1e-4)
+        metrics = [g.train_step(run, step) for step in range(6)]
+        assert metrics[0]["kl"] == 0.0
+        drift[beta] = metrics[-1]["kl"]
+    assert 0 < drift[10.0] < drift[1e-9] / 2
 
 
 def test_second_update_is_clipped_against_the_policy_of_the_rollout(build, watch):

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sde
-from sde import ddim_sde_step, flow_sde_step, flow_sigmas, joint_nats, standard_normal, step_etas
+from sde import ddim_sde_step, flow_sde_step, flow_sigmas, gaussian_kl, joint_nats, standard_normal, step_etas
 
 SHAPES = [(3, 6, 4), (3, 4, 5, 5), (3, 2, 3, 4, 4)]  # packed, image, video
 SOURCE = Path(sde.__file__).read_text()
@@ -444,6 +444,27 @@ def test_surrogate_gradient_is_reinforce():
     torch.testing.assert_close(by_autograd, by_reinforce, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(by_differences, by_reinforce, rtol=1e-6, atol=1e-8)
     assert value.item() == pytest.approx(0, abs=1e-15)  # advantages sum to 0; the gradient does not
+
+
+def test_kl_is_torchs():
+    """(33) the mean over the latent dimensions of torch's KL of two normals."""
+    generator = torch.Generator().manual_seed(0)
+    mean, other = torch.randn(2, 5, 3, 4, 4, generator=generator, dtype=torch.float64)
+    for std in (torch.tensor(0.3).double(), torch.rand(5, 1, 1, 1, generator=generator).double() + 0.1):
+        wide = std.expand_as(mean)
+        normals = torch.distributions.Normal(mean, wide), torch.distributions.Normal(other, wide)
+        wanted = torch.distributions.kl_divergence(*normals).mean((1, 2, 3))
+        assert torch.allclose(gaussian_kl(mean, other, std), wanted)
+
+
+def test_kl_gradient_pulls_to_the_reference():
+    """(33) a step down the gradient shortens the way to the reference; there it is zero."""
+    mean, reference = torch.randn(2, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    mean.requires_grad_(True)
+    (gradient,) = torch.autograd.grad(gaussian_kl(mean, reference, torch.tensor(0.5)).sum(), mean)
+    assert torch.allclose(gradient, (mean - reference).detach() / (6 * 0.25))
+    (gradient,) = torch.autograd.grad(gaussian_kl(mean, mean.detach(), torch.tensor(0.5)).sum(), mean)
+    assert not gradient.any()
 
 
 def test_log_prob_gradient():

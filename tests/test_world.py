@@ -149,11 +149,12 @@ def films():
 
 
 def test_moving_ground_truth_is_judged_right(films):
-    _, _, _, _, seen, made, moved = films
+    _, makes, _, _, seen, made, moved = films
     for name in ("video_correct", "moves_right_way", "constant"):
         assert seen[name][made & moved].min() == 1 and seen[name].mean() >= 0.93, name
     assert seen["smooth"][moved].min() == 1 and seen["smooth"][~moved].max() < 0.8
-    assert seen["well_drawn"][made & moved].min() == 1 and seen["well_drawn"][~made].mean() < 0.05
+    poor = torch.tensor([bool(set(m.defects) - {"off-centre"}) for m in makes])  # a video need not be centred
+    assert seen["well_drawn"][made & moved].min() == 1 and seen["well_drawn"][poor].max() < 0.5
 
 
 def test_the_two_makes_are_judged_apart(films):

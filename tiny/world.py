@@ -123,10 +123,10 @@ class Make:
     defects: tuple = ()
 
 
-def random_make(rng, well_made_share=WELL_MADE_SHARE):
-    """A well-made drawing with probability `well_made_share`, else one with one to three defects."""
+def random_make(rng, well_made_share=WELL_MADE_SHARE, defects=DEFECTS):
+    """A well-made drawing with probability `well_made_share`, else one with one to three of the defects."""
     good = rng.random() < well_made_share
-    defects = () if good else tuple(rng.sample(DEFECTS, rng.choice([1, 2, 2, 3])))
+    defects = () if good else tuple(rng.sample(defects, rng.choice([1, 2, 2, 3])))
     angle = rng.choice([(1, 0), (-1, 0), (0, 1), (0, -1), (0.7, 0.7), (-0.7, 0.7), (0.7, -0.7), (-0.7, -0.7)])
     far = rng.uniform(7, 10) if "off-centre" in defects else 0.0
     return Make(
@@ -221,8 +221,10 @@ def random_motion(rng, direction, frames=FRAMES, well_made_share=WELL_MADE_SHARE
 
 
 def random_moving_make(rng, direction, well_made_share=WELL_MADE_SHARE):
-    """A Make for a drawing that moves. An off-centre one is shifted aside or backwards, or it would leave at once."""
-    make, (dx, dy) = random_make(rng, well_made_share), DIRECTIONS[direction] if direction else (0, 0)
+    """A Make for a drawing that moves. An off-centre one is shifted aside or backwards, or it would leave at once. It
+    has no speckles: a small autoencoder spends its latents on them."""
+    make = random_make(rng, well_made_share, [d for d in DEFECTS if d != "speckled"])
+    dx, dy = DIRECTIONS[direction] if direction else (0, 0)
     x, y = make.shift
     return replace(make, shift=(-x if x * dx > 0 else x, -y if y * dy > 0 else y))
 
@@ -340,15 +342,25 @@ def matches(seen, scene):
     return all((o["colour"], o["shape"]) == want for o, want in zip(objects, scene.objects))
 
 
+_last = {"media": None, "seen": []}  # several measures ask about the same samples: they are judged once
+
+
+def _read(media, prompts, reader, measure):
+    """`measure(what the judge sees, prompt)` of each sample, as float32 (B,). reader: judge or judge_video."""
+    if _last["media"] is None or not torch.equal(_last["media"], media):
+        _last.update(media=media.clone(), seen=[reader(sample) for sample in media])
+    return torch.tensor([float(measure(s, p)) for s, p in zip(_last["seen"], prompts, strict=True)])
+
+
 def correct(images, prompts):
     """1 where colours, shapes, count, places and background are as the caption says, else 0; images (B, 3, 64, 64)."""
-    return torch.tensor([float(matches(judge(i), parse(p))) for i, p in zip(images, prompts, strict=True)])
+    return _read(images, prompts, judge, lambda seen, prompt: matches(seen, parse(prompt)))
 
 
 def well_made(images, prompts):
     """1 where a drawing is crisp, saturated, well sized, centred and clean, whatever it shows, else 0."""
-    seen = [judge(i) for i, _ in zip(images, prompts, strict=True)]
-    return torch.tensor([float(all(s[k] for k in ("crisp", "saturated", "sized", "centred", "clean"))) for s in seen])
+    criteria = ("crisp", "saturated", "sized", "centred", "clean")
+    return _read(images, prompts, judge, lambda seen, prompt: all(seen[c] for c in criteria))
 
 
 def judge_video(video):
@@ -376,16 +388,6 @@ def judge_video(video):
     return {"frames": frames, "kinds": kinds, "kind": kind, "step": step, "follows": follows}
 
 
-_last = {"videos": None, "seen": []}  # several measures ask about the same videos: they are judged once
-
-
-def _read(videos, prompts, measure):
-    """`measure(what the judge sees, scene)` of each video (F, 3, SIZE, SIZE) and prompt, as float32 (B,)."""
-    if _last["videos"] is None or not torch.equal(_last["videos"], videos):
-        _last.update(videos=videos.clone(), seen=[judge_video(v) for v in videos])
-    return torch.tensor([float(measure(s, parse(p))) for s, p in zip(_last["seen"], prompts, strict=True)])
-
-
 def _share(values):
     return sum(values) / max(len(values), 1)
 
@@ -403,7 +405,7 @@ def _constant(seen):
 
 def smooth(videos, prompts):
     """The share of frames in which the object goes on as it came, neither bent aside nor fading; (B, F, 3, 64, 64)."""
-    return _read(videos, prompts, lambda seen, scene: _share(seen["follows"]))
+    return _read(videos, prompts, judge_video, lambda seen, prompt: _share(seen["follows"]))
 
 
 def _made(seen, *criteria):
@@ -413,33 +415,34 @@ def _made(seen, *criteria):
 
 def sharp(videos, prompts):
     """The share of frames that show one object, crisply."""
-    return _read(videos, prompts, lambda seen, scene: _made(seen, "crisp"))
+    return _read(videos, prompts, judge_video, lambda seen, prompt: _made(seen, "crisp"))
 
 
 def well_drawn(videos, prompts):
     """The share of frames with one object, crisp, saturated, well sized and clean. It need not be centred."""
-    return _read(videos, prompts, lambda seen, scene: _made(seen, "crisp", "saturated", "sized", "clean"))
+    return _read(videos, prompts, judge_video, lambda seen, prompt: _made(seen, "crisp", "saturated", "sized", "clean"))
 
 
 def moves_right_way(videos, prompts):
     """1 where the object goes the way of the caption, or stays where the caption names none, else 0."""
-    return _read(videos, prompts, _right_way)
+    return _read(videos, prompts, judge_video, lambda seen, prompt: _right_way(seen, parse(prompt)))
 
 
 def constant(videos, prompts):
     """The share of frames with one object whose colour, shape and background are the commonest of the video."""
-    return _read(videos, prompts, lambda seen, scene: _constant(seen))
+    return _read(videos, prompts, judge_video, lambda seen, prompt: _constant(seen))
 
 
 def video_correct(videos, prompts):
     """1 where one object of the caption's colour, shape and background is seen nearly throughout, going the right way,
     else 0. A caption of two objects gives 0."""
 
-    def right(seen, scene):
+    def right(seen, prompt):
+        scene = parse(prompt)
         named = seen["kind"] == (scene.background, *scene.objects[0]) and len(scene.objects) == 1
         return named and _constant(seen) >= 0.75 and _right_way(seen, scene)
 
-    return _read(videos, prompts, right)
+    return _read(videos, prompts, judge_video, right)
 
 
 def reads(prompt):
