@@ -56,13 +56,14 @@ PIPELINES = ("HunyuanSkyreelsImageToVideoPipeline", "HunyuanVideoPipeline")  # t
 SCRIPT = dict(height=400, width=640, num_frames=53, num_inference_steps=16, num_generations=8, num_updates=1)
 # Two steps with noise in the first half (flow_grpo, "fast"), eta (MixGRPO), a tail of the second order (MixGRPO-Flash).
 FAST = dict(num_inference_steps=10, sde_window=2, sde_window_range=[0, 3], tail_steps=3, timestep_fraction=1.0, eta=0.7)
+JUDGE = [f"{HERE}/tiny/world.py:{name}" for name in ("video_correct", "well_drawn", "smooth")]
 PRESETS = {
     "tiny": dict(
         pretrained_model_name_or_path=f"{HERE}/tiny/hunyuan_video", height=64, width=64, num_frames=9,
         transformer=f"{HERE}/tiny/skyreels_i2v", first_frame_model=f"{HERE}/tiny/flux",
         prompts=f"{HERE}/tiny/prompts_video.txt", eval_prompts=f"{HERE}/tiny/prompts_video_heldout.txt", eval_samples=2,
         reward_paths=[f"{name}={HERE}/tiny/{name}" for name in ("videoalign", "hps", "clip")],
-        eval_reward=["vq", "mq", "ta", f"{HERE}/tiny/world.py:well_drawn", f"{HERE}/tiny/world.py:smooth"],
+        eval_reward=["vq", "mq", "ta", *JUDGE],
         num_inference_steps=12, eta=1.0, sde_window=3, sde_window_range=[0, 4], timestep_fraction=1.0,
         prompts_per_step=12, num_generations=12, num_updates=1, clip_range=1e-2, learning_rate=1e-4,
         train_batch_size=36, max_train_steps=30, validation_steps=10,

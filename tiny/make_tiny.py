@@ -867,7 +867,7 @@ def make_prompts():
 
 VAE_STEPS, FLUX_STEPS, SD14_STEPS, CLIP_STEPS, HPS_STEPS = 1800, 11800, 4000, 1600, 600
 FRAME_VAE_STEPS, VIDEO_VAE_STEPS = 2000, 2500
-TEACHER_STEPS, HUNYUAN_STEPS, SKYREELS_STEPS, VIDEOALIGN_STEPS = 12000, 3000, 4000, 3000
+TEACHER_STEPS, HUNYUAN_STEPS, SKYREELS_STEPS, VIDEOALIGN_STEPS = 12000, 2000, 3000, 3000
 STAGES = {"prompts": make_prompts, "vae": make_vae, "flux": make_flux, "sd14": make_sd14, "clip": make_clip,
           "hps": make_hps, "video_vae": make_video_vae, "video_teacher": make_video_teacher, "hunyuan_video": make_hunyuan_video,
           "skyreels_i2v": make_skyreels, "videoalign": make_videoalign}  # fmt: skip

@@ -342,6 +342,23 @@ def matches(seen, scene):
     return all((o["colour"], o["shape"]) == want for o, want in zip(objects, scene.objects))
 
 
+def by_kind(seen, scene):
+    """{what the caption asks for: was it drawn?}, whatever else is wrong: the kinds of GenEval in this world."""
+    objects = seen["objects"]
+    right = {
+        "count": len(objects) == len(scene.objects),
+        "colour": Counter(o["colour"] for o in objects) == Counter(colour for colour, _ in scene.objects),
+        "shape": Counter(o["shape"] for o in objects) == Counter(shape for _, shape in scene.objects),
+        "background": seen["background"] == scene.background,
+    }
+    if scene.relation:
+        axis = 0 if scene.relation == "left of" else 1
+        wanted = [colour for colour, _ in scene.objects]
+        found = [o["colour"] for o in sorted(objects, key=lambda o: o["centre"][axis])]
+        right["position"] = found == wanted
+    return right
+
+
 _last = {"media": None, "seen": []}  # several measures ask about the same samples: they are judged once
 
 

@@ -1,0 +1,195 @@
+"""reproduce.py: its command lines are accepted by the scripts, its rule for a difference, what it writes, and demo_2d."""
+
+import importlib
+import itertools
+import json
+import shlex
+import statistics
+import sys
+from pathlib import Path
+
+import demo_2d
+import pytest
+import reproduce
+import torch
+
+import grpo_flux
+
+EXPERIMENTS = reproduce.experiments()
+COMMANDS = sorted({c for e in EXPERIMENTS.values() for c in e.arms.values() if isinstance(c, str)})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_is_accepted_by_its_script_and_logs_its_figures(command, monkeypatch):
+    monkeypatch.chdir(reproduce.ROOT)
+    script, *flags = shlex.split(command)
+    args = importlib.import_module(script.removesuffix(".py")).parse_args(flags)
+    # The shorter a run, the sooner the table; but the last iteration is always evaluated and saved.
+    assert args.max_train_steps % args.checkpointing_steps == 0
+    logged = {f"eval/{Path(name.replace(':', '/')).name}" for name in args.reward + args.eval_reward} | {"kl"}
+    for experiment in EXPERIMENTS.values():
+        if command in experiment.arms.values():
+            assert set(experiment.figures) <= logged, experiment.claim
+
+
+def test_claims_are_about_arms_and_figures_that_there_are():
+    for name, experiment in EXPERIMENTS.items():
+        extra = {"diversity", "best of 1", "best of 16", "error of the mean", f"{experiment.figures[0]} per second"}
+        for above, below, key in experiment.claims:
+            assert {above, below} <= {"before", *experiment.arms}, name
+            assert key in {*experiment.figures, *extra}, name
+
+
+@pytest.mark.parametrize(
+    "above, below, outcome",
+    [
+        ([1.0, 1.1, 1.2], [0.0, 0.1, 0.3], "confirmed"),
+        ([0.0, 0.1, 0.3], [1.0, 1.1, 1.2], "the contrary"),
+        ([1.0, 0.0, 1.0], [0.0, 0.1, 0.3], "no difference within the spread"),  # one seed says no
+        ([1.0, 0.01, 0.02], [0.0, 0.0, 0.0], "no difference within the spread"),  # one seed says it all
+        ([1.0, 1.0, 1.0], [1.0, 1.0, 1.0], "no difference within the spread"),
+        ([1.0], [0.0], "one seed"),
+    ],
+)
+def test_a_difference_has_one_sign_and_twice_its_standard_error(above, below, outcome):
+    assert reproduce.verdict(above, below) == outcome
+
+
+@pytest.fixture
+def few(tmp_path, monkeypatch):
+    """Two arms of one iteration, run for real, in folders of the test."""
+    monkeypatch.setattr(reproduce, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(reproduce, "DOCS", tmp_path / "docs/reproduce")
+    base = ("grpo_flux.py --reward hps --max_train_steps 2 --validation_steps 1 --eval_samples 1 "
+            "--checkpointing_steps 1 --prompts_per_step 1 --num_generations 2 --train_batch_size 2")  # fmt: skip
+    return reproduce.Experiment("a claim", {"a": base, "b": f"{base} --eta 0.9"}, [("a", "b", "eval/hps")])
+
+
+def test_an_experiment_leaves_rows_and_a_figure_and_does_nothing_twice(few, tmp_path, monkeypatch, capsys):
+    reproduce.perform("few", few, [0], 1)
+    result = json.loads((tmp_path / "docs/reproduce/few.json").read_text())
+    folder = reproduce.folder_of(few.arms["b"], 0)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert result["rows"]["b"]["eval/hps"] == [lines[-1]["eval/hps"]]
+    assert result["rows"]["before"]["eval/hps"] == [lines[0]["eval/hps"]]
+    assert json.loads((folder / "args.json").read_text())["args"]["eta"] == 0.9
+    assert (tmp_path / "docs/reproduce/few.png").stat().st_size > 1000
+    assert f"| b | {lines[-1]['eval/hps']:.3f} |" in capsys.readouterr().out
+
+    monkeypatch.setattr(reproduce.subprocess, "run", lambda *a, **k: pytest.fail("run again"))
+    assert reproduce.run(few.arms["a"], 0) == reproduce.folder_of(few.arms["a"], 0)
+
+
+def test_a_stopped_run_goes_on(few, monkeypatch):
+    """The first call is cut after its first iteration, as by a signal."""
+    command, calls, run = few.arms["a"], [], reproduce.subprocess.run
+
+    def watched(words, **kwargs):
+        calls.append(words)
+        if len(calls) == 1:
+            words = [*words[: words.index("--max_train_steps") + 1], "1", *words[words.index("--max_train_steps") + 2 :]]
+        return run(words, **kwargs)
+
+    monkeypatch.setattr(reproduce.subprocess, "run", watched)
+    folder = reproduce.run(command, 0)
+    assert reproduce.read(folder)[-1]["step"] == 1
+    reproduce.run(command, 0)
+    assert calls[1][-2:] == ["--resume_from_checkpoint", "latest"]
+    assert [line["step"] for line in reproduce.read(folder)] == [0, 1, 2]
+
+
+def test_a_run_that_fails_stops_the_experiment_with_its_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(reproduce, "RUNS", tmp_path)
+    with pytest.raises(SystemExit, match="must be float, from 0.001"):
+        reproduce.run("grpo_flux.py --max_train_steps 1 --eta 0", 0)
+
+
+def test_the_best_of_n_is_the_mean_over_all_draws(monkeypatch, tmp_path):
+    hps = torch.rand(3, 32, generator=torch.Generator().manual_seed(0))
+    correct = (hps * 10 % 1 > 0.5).float()
+    monkeypatch.setattr(reproduce, "pictures", lambda folder, n: (["a"] * 3, torch.zeros(3, 32, 1)))
+    monkeypatch.setattr(reproduce, "scores", lambda images, prompts, *names: {"hps": hps, "correct": correct})
+    figures = reproduce.best_at_inference(None)
+    for n in (1, 2):
+        draws = torch.tensor(list(itertools.combinations(range(32), n)))
+        drawn = hps[:, draws]  # (3, draws, n)
+        best = drawn.argmax(2, keepdim=True)
+        assert figures[f"best of {n}"] == pytest.approx(float(drawn.amax(2).mean()), abs=1e-5)
+        right = correct[:, draws].gather(2, best)
+        assert figures[f"correct, best of {n}"] == pytest.approx(float(right.mean()), abs=1e-5)
+
+
+def test_kinds_are_what_is_right_about_a_picture(monkeypatch):
+    sys.path.insert(0, str(reproduce.ROOT / "tiny"))
+    import world
+
+    def drawn(caption):
+        return world.draw(world.parse(caption), world.Make(), torch.Generator())
+
+    asked = ["a red circle left of a blue ring on white", "a green square on black"]
+    shown = ["a blue ring left of a red circle on white", "a cyan square on black"]
+    images = torch.stack([drawn(caption) for caption in shown])[:, None]
+    monkeypatch.setattr(reproduce, "pictures", lambda folder, n: (asked, images))
+    wanted = {"two objects": 0, "single object": 0, "count": 1, "colour": 0.5, "shape": 1, "background": 1, "position": 0}
+    assert reproduce.kinds(None) == {f"kind: {kind}": share for kind, share in wanted.items()}
+
+
+def test_the_velocity_in_the_plane_is_that_of_its_gaussian():
+    """By regression on draws of sde.py (7): the best linear answer to ε - x0 given x."""
+    sigmas = reproduce.demo_2d.flow_sigmas(4, shift=1.0)
+    matrices, vectors = demo_2d.exact_velocity(sigmas)
+    generator = torch.Generator().manual_seed(0)
+    root = torch.linalg.cholesky(demo_2d.COVARIANCE)
+    data = demo_2d.MEAN + torch.randn(400_000, 2, generator=generator) @ root.T
+    noise = torch.randn(400_000, 2, generator=generator)
+    for t in range(4):
+        x = (1 - sigmas[t]) * data + sigmas[t] * noise
+        design = torch.cat([x, torch.ones(len(x), 1)], 1)
+        solution = torch.linalg.lstsq(design, noise - data).solution
+        assert torch.allclose(solution[:2].T, matrices[t], atol=0.02)
+        assert torch.allclose(solution[2], vectors[t], atol=0.02)
+
+
+def test_the_best_density_in_the_plane_has_a_constant_ratio_to_the_tilt():
+    """log q - log p - r/β is the same everywhere."""
+    mean, covariance = demo_2d.best()
+    x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0)) * 2
+    q = torch.distributions.MultivariateNormal(mean, covariance).log_prob(x)
+    p = torch.distributions.MultivariateNormal(demo_2d.MEAN, demo_2d.COVARIANCE).log_prob(x)
+    rest = q - p + (x - demo_2d.TARGET).square().sum(1) / 2 / demo_2d.BETA
+    assert float(rest.std()) < 1e-4
+
+
+def test_in_the_plane_grpo_goes_most_of_the_way_and_less_noise_goes_less():
+    few = dict(num_steps=20, group_size=1000, iterations=60)
+    errors = {name: demo_2d.learn(0, **demo_2d.SETTINGS[name], **few) for name in ("memoryless noise", "eta 0.5")}
+    assert errors["memoryless noise"]["error of the mean"] < 0.2 < errors["eta 0.5"]["error of the mean"]
+    assert statistics.mean(errors["memoryless noise"].values()) < 0.3
+
+
+def test_the_report_has_each_experiment_with_its_verdicts(few, tmp_path, monkeypatch):
+    (tmp_path / "docs/reproduce").mkdir(parents=True)
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    monkeypatch.setattr(reproduce, "experiments", lambda: {"few": few, "other": few})
+    result = {"claim": "a claim", "seeds": [0, 1], "commit": "abc", "seconds": 130,
+              "rows": {"a": {"eval/hps": [0.5, 0.7]}}, "verdicts": [["a", "b", "eval/hps", "confirmed"]]}  # fmt: skip
+    (tmp_path / "docs/reproduce/few.json").write_text(json.dumps(result))
+    reproduce.report()
+    page = (tmp_path / "docs/reproduce.md").read_text()
+    assert "**a claim.**" in page and "| a | 0.600 ± 0.141 |" in page and "commit abc, 2 minutes" in page
+    assert "* eval/hps: a above b: **confirmed**" in page and "## other\n\nNot run." in page
+
+
+def test_an_unknown_name_is_refused_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "typo"])
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main()
+    assert stop.value.code == 2 and "NAME typo: must be one of ddpo timesteps" in capsys.readouterr().err
+
+
+def test_no_line_of_the_method_stands_in_reproduce():
+    """It calls the scripts; a name of their algorithm zone would be a second copy."""
+    zone = Path(grpo_flux.__file__).read_text().partition("==== BEGIN ALGORITHM ZONE")[2]
+    source = Path(reproduce.__file__).read_text()
+    names = {line.split("(")[0].removeprefix("def ") for line in zone.splitlines() if line.startswith("def ")}
+    assert not [name for name in names - {"main"} if f"{name}(" in source]
