@@ -1,14 +1,17 @@
 """GRPO with a KL, in the plane, against the answer in closed form.
 
-    python demo_2d.py        no network of neurons, 4 minutes on one core; prints the errors of each setting
+    python demo_2d.py        no neural network, 4 minutes on one core; prints the errors of each setting
 
-Data are a Gaussian N(m, S), and the reward is r(x) = -|x - c|²/2. Among all densities q, E_q[r] - β KL(q ‖ p) is largest
-at q = p exp(r/β)/Z. Here this is a Gaussian again, with precision S⁻¹ + I/β. The velocity of a Gaussian is linear in x,
-so a matrix and a vector for each step hold it exactly. What is left of the error comes from the method:
+Data are a Gaussian N(m, S), and the reward is r(x) = -|x - c|²/2. Among all densities q, E_q[r] - β KL(q ‖ p) is
+largest at q = p exp(r/β)/Z. Here this is a Gaussian again, with precision S⁻¹ + I/β. The velocity of a Gaussian is
+linear in x, so a matrix and a vector for each step hold it exactly. What is left of the error of the mean comes from the
+method. To the error of the covariance, the 40 steps of the SDE add 0.1 % under memoryless noise, 6 % at eta 1 and 10 %
+at eta 0.5.
 
   memoryless noise    x0 is independent of the initial noise. This is η = 1 of sde.py (21). The answer is reached.
-  other noise         x0 depends on the initial noise, which no policy can tilt. It tilts x0 given the noise alone, and
-                      ends between p and the answer: the less noise, the nearer to p (Adjoint Matching, arXiv:2409.08861).
+  other noise         x0 depends on the initial noise, whose density no policy can change. The best that it can do is to
+                      tilt x0 for each given noise. So it ends between p and the answer; with less noise, nearer to p
+                      (Adjoint Matching, arXiv:2409.08861).
   KL in the loss      as --kl_beta does. A step pays for its own KL, not for that of the later steps it leads to.
 """
 
@@ -46,8 +49,8 @@ def exact_velocity(sigmas):
 def learn(seed, schedule, eta, in_reward=True, num_steps=40, group_size=4000, iterations=400):
     """{"error of the mean", "error of the covariance"}: what is missing, as a share of the way from p to the answer.
 
-    The gradient of the KL of whole paths has two parts. That of each step's own KL is in the loss. That of the KL of
-    the later steps, to which a step leads, is in the reward."""
+    The gradient of a path's KL has two parts. A step changes its own KL: that is in the loss. It also changes the KL of
+    later steps, through the states to which it leads: that is in the reward."""
     generator = torch.Generator().manual_seed(seed)
     sigmas = flow_sigmas(num_steps, shift=1.0)
     etas = step_etas(sigmas, eta, schedule)
@@ -113,7 +116,7 @@ def draw(rows, path):
             axes.bar(place, sum(values) / len(values), 0.35, color=f"C{i}", label=key if j == 0 else None)
             axes.vlines(place, min(values), max(values), "black")
     axes.set_xticks([j + 0.2 for j in range(len(rows))], [name.replace(", ", ",\n") for name in rows], fontsize=8)
-    axes.axhline(0.05, color="0.5", linestyle=":")
+    axes.axhline(0.05, color="0.5", linestyle=":", label="5 %")
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path)
 

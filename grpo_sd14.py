@@ -13,8 +13,8 @@ The algorithm (paper, Algorithm 1; symbols as in sde.py). The numbers return in 
   7 recompute their log-probabilities; ratio = exp(new - old); ascend the clipped objective
   8 repeat; evaluate with the ODE, never with the SDE
 
-There is no value network: the mean of a group is the baseline. There is no KL to a base model: the paper saw little
-difference without it. There is no advantage for each step: the reward comes at the end, and all steps share it.
+There is no value network: the mean of a group is the baseline. By default there is no KL to the base model: the
+paper saw little difference without it. There is no advantage for each step: the reward comes at the end, and all steps share it.
 
 Guidance is part of the policy. The guided prediction draws the samples and is scored. Its gradient flows through the
 conditional and the unconditional half, at twice the memory (paper, App. C).
@@ -99,7 +99,7 @@ def parse_args(argv=None):
     flag("--best_of_n", type=whole, default=0, metavar="K", help="train on the K/2 best and worst of a group; 0: all")
     flag("--timestep_fraction", type=fraction, default=0.6, help="share of the transitions that is trained (Table 6)")
     flag("--timesteps", choices=["random", "first", "last"], default="random", help="which of them (Algorithm 1)")
-    flag("--advantage", choices=["group", "global"], default="group", help="mean and std of a group, or of all (DDPO)")
+    flag("--advantage", choices=["group", "global"], default="group", help="mean and std of a group or of all samples")
     flag("--kl_beta", type=not_negative, default=0.0, help="weight of the KL to the base model, sde.py (33) (paper: 0)")
     flag("--num_updates", type=count, help="optimizer steps in an iteration")
     flag("--clip_range", type=fraction_below_1, default=1e-4, help="the ratio is clipped to 1 +- this (Table 6)")
@@ -349,8 +349,8 @@ def micro_batches(rows, args):
 
 
 def choose_transitions(args, etas, *key):
-    """A subset of the transitions that have noise: a step of the ODE has no density. The last transition is left out
-    unless --train_last_transition asks for it: its noise reaches no reward, sde.py (16)."""
+    """The first, the last or random ones of the transitions that have noise: a step of the ODE has no density. The last
+    transition is left out unless --train_last_transition asks for it: its noise reaches no reward, sde.py (16)."""
     end = args.num_inference_steps - (not args.train_last_transition)
     trainable = [t for t in range(end) if etas[t] > 0]
     order = torch.arange(len(trainable))
@@ -439,14 +439,14 @@ def train_step(run, iteration):
                     pair = trajectory[:, t - first : t - first + 2]
                     old = recompute(models.policy, args, pair, t, etas[t], take(cond, b // G, device))
                     old_log_probs[b, t - first] = old.log_prob.detach()
-    if args.kl_beta:  # the base model is the network with the weights that it had at first
+    if args.kl_beta:  # the base model: this network with its initial weights
         base_means = torch.empty_like(trajectories[:, 1:])
-        with torch.no_grad(), harness.other_weights(run, run.base_weights):
+        with torch.no_grad(), harness.as_in_training(run), harness.other_weights(run, run.base_weights):
             for b, steps in chain(*updates):
                 for t in steps:
                     pair = trajectories[b, t - first : t - first + 2].to(device)
                     base = recompute(models.policy, args, pair, t, etas[t], take(cond, b // G, device))
-                    base_means[b, t - first] = base.mean.cpu()
+                    base_means[b, t - first] = base.mean.detach().cpu()
 
     # 7: what is seen of each trained transition is kept for the metrics.
     seen = []

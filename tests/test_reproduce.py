@@ -1,12 +1,16 @@
-"""reproduce.py: its command lines are accepted by the scripts, its rule for a difference, what it writes, and demo_2d."""
+"""reproduce.py: the scripts accept its command lines; its rule for a difference; what it writes. And demo_2d.py."""
 
 import importlib
 import itertools
 import json
 import shlex
+import signal
 import statistics
+import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import demo_2d
 import pytest
@@ -22,11 +26,13 @@ COMMANDS = sorted({c for e in EXPERIMENTS.values() for c in e.arms.values() if i
 @pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_is_accepted_by_its_script_and_logs_its_figures(command, monkeypatch):
     monkeypatch.chdir(reproduce.ROOT)
+    reproduce.write_prompt_files()
     script, *flags = shlex.split(command)
     args = importlib.import_module(script.removesuffix(".py")).parse_args(flags)
-    # The shorter a run, the sooner the table; but the last iteration is always evaluated and saved.
+    # The last iteration has to be a checkpoint: pictures() loads it.
     assert args.max_train_steps % args.checkpointing_steps == 0
-    logged = {f"eval/{Path(name.replace(':', '/')).name}" for name in args.reward + args.eval_reward} | {"kl"}
+    logged = {f"eval/{Path(name.replace(':', '/')).name}" for name in args.reward + args.eval_reward}
+    logged |= {"kl", "zero_std_groups"}
     for experiment in EXPERIMENTS.values():
         if command in experiment.arms.values():
             assert set(experiment.figures) <= logged, experiment.claim
@@ -34,35 +40,49 @@ def test_each_command_is_accepted_by_its_script_and_logs_its_figures(command, mo
 
 def test_claims_are_about_arms_and_figures_that_there_are():
     for name, experiment in EXPERIMENTS.items():
-        extra = {"diversity", "best of 1", "best of 16", "error of the mean", f"{experiment.figures[0]} per second"}
-        for above, below, key in experiment.claims:
+        first = experiment.figures[0]
+        known = {*experiment.figures, f"rise of {first}", f"{first} at equal time"}
+        if "diversity" in experiment.extra:
+            known |= {"diversity"}
+        if "best_at_inference" in experiment.extra:
+            known |= {"best of 1", "best of 16", "correct, best of 16"}
+        if name == "closed_form":
+            known = {"error of the mean", "error of the covariance"}
+        for who, above, below, key in experiment.comparisons:
             assert {above, below} <= {"before", *experiment.arms}, name
-            assert key in {*experiment.figures, *extra}, name
+            assert key in known and not ("before" in (above, below) and "time" in key), (name, key)
 
 
 @pytest.mark.parametrize(
     "above, below, outcome",
     [
-        ([1.0, 1.1, 1.2], [0.0, 0.1, 0.3], "confirmed"),
-        ([0.0, 0.1, 0.3], [1.0, 1.1, 1.2], "the contrary"),
-        ([1.0, 0.0, 1.0], [0.0, 0.1, 0.3], "no difference within the spread"),  # one seed says no
-        ([1.0, 0.01, 0.02], [0.0, 0.0, 0.0], "no difference within the spread"),  # one seed says it all
-        ([1.0, 1.0, 1.0], [1.0, 1.0, 1.0], "no difference within the spread"),
-        ([1.0], [0.0], "one seed"),
+        ([1.0, 1.1, 1.2], [0.0, 0.1, 0.3], "yes"),
+        ([0.0, 0.1, 0.3], [1.0, 1.1, 1.2], "no, the contrary"),
+        ([1.0, 1.0, 0.5], [0.0, 0.0, 0.0], "yes"),  # t = 5, the quantile of 3 seeds is 4.3
+        ([1.0, 0.3, 0.6], [0.0, 0.0, 0.0], "within the spread"),  # t = 3.1
+        ([1.0, 0.3, 0.6, 0.6, 0.6], [0.0] * 5, "yes"),  # t = 5.3, 2.8
+        ([1.0, 1.0, 1.0], [1.0, 1.0, 1.0], "within the spread"),
+        ([1.0], [0.0], "1 seeds: not tested"),
     ],
 )
-def test_a_difference_has_one_sign_and_twice_its_standard_error(above, below, outcome):
+def test_a_difference_counts_by_a_paired_t_test(above, below, outcome):
     assert reproduce.verdict(above, below) == outcome
+
+
+def test_at_equal_time_is_between_two_evaluations(monkeypatch):
+    lines = {"fast": [(0, 0.0), (10, 1.0)], "slow": [(0, 0.0), (8, 0.4), (16, 0.8), (32, 1.0)]}
+    monkeypatch.setattr(reproduce, "curve", lambda arm, key, axis: lines[arm])
+    assert reproduce.at_equal_time({arm: [arm] for arm in lines}, "x") == {"fast": [1.0], "slow": [0.5]}
 
 
 @pytest.fixture
 def few(tmp_path, monkeypatch):
-    """Two arms of one iteration, run for real, in folders of the test."""
+    """Two arms of two iterations, run for real, in folders of the test."""
     monkeypatch.setattr(reproduce, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(reproduce, "DOCS", tmp_path / "docs/reproduce")
     base = ("grpo_flux.py --reward hps --max_train_steps 2 --validation_steps 1 --eval_samples 1 "
             "--checkpointing_steps 1 --prompts_per_step 1 --num_generations 2 --train_batch_size 2")  # fmt: skip
-    return reproduce.Experiment("a claim", {"a": base, "b": f"{base} --eta 0.9"}, [("a", "b", "eval/hps")])
+    return reproduce.Experiment("a claim", {"a": base, "b": f"{base} --eta 0.9"}, [("ours", "a", "b", "eval/hps")])
 
 
 def test_an_experiment_leaves_rows_and_a_figure_and_does_nothing_twice(few, tmp_path, monkeypatch, capsys):
@@ -74,28 +94,42 @@ def test_an_experiment_leaves_rows_and_a_figure_and_does_nothing_twice(few, tmp_
     assert result["rows"]["before"]["eval/hps"] == [lines[0]["eval/hps"]]
     assert json.loads((folder / "args.json").read_text())["args"]["eta"] == 0.9
     assert (tmp_path / "docs/reproduce/few.png").stat().st_size > 1000
+    assert result["rows"]["b"]["rise of eval/hps"] == [lines[-1]["eval/hps"] - lines[0]["eval/hps"]]
     assert f"| b | {lines[-1]['eval/hps']:.3f} |" in capsys.readouterr().out
 
     monkeypatch.setattr(reproduce.subprocess, "run", lambda *a, **k: pytest.fail("run again"))
-    assert reproduce.run(few.arms["a"], 0) == reproduce.folder_of(few.arms["a"], 0)
+    reproduce.run(few.arms["a"], 0)
 
 
-def test_a_stopped_run_goes_on(few, monkeypatch):
-    """The first call is cut after its first iteration, as by a signal."""
+def test_a_stopped_run_is_not_taken_for_a_finished_one_and_goes_on(few, monkeypatch):
+    """The first call is told to stop, as by Ctrl-C, while it trains: it exits with status 0."""
     command, calls, run = few.arms["a"], [], reproduce.subprocess.run
 
     def watched(words, **kwargs):
         calls.append(words)
         if len(calls) == 1:
-            words = [*words[: words.index("--max_train_steps") + 1], "1", *words[words.index("--max_train_steps") + 2 :]]
+            process = subprocess.Popen(words, cwd=kwargs["cwd"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            metrics = reproduce.folder_of(command, 0) / "metrics.jsonl"
+            while not metrics.exists() or not metrics.read_text():
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            assert process.wait() == 0
+            return SimpleNamespace(returncode=0, stderr="")
         return run(words, **kwargs)
 
     monkeypatch.setattr(reproduce.subprocess, "run", watched)
-    folder = reproduce.run(command, 0)
-    assert reproduce.read(folder)[-1]["step"] == 1
+    with pytest.raises(SystemExit, match="not finished"):
+        reproduce.run(command, 0)
     reproduce.run(command, 0)
     assert calls[1][-2:] == ["--resume_from_checkpoint", "latest"]
-    assert [line["step"] for line in reproduce.read(folder)] == [0, 1, 2]
+    assert [line["step"] for line in reproduce.read(reproduce.folder_of(command, 0))] == [0, 1, 2]
+
+
+def test_another_method_or_model_is_another_run(few, monkeypatch):
+    folder = reproduce.folder_of(few.arms["a"], 0)
+    assert folder != reproduce.folder_of(few.arms["a"], 1) != reproduce.folder_of(few.arms["b"], 1)
+    monkeypatch.setattr(reproduce, "state_of_the_method", lambda: "other")
+    assert reproduce.folder_of(few.arms["a"], 0) != folder
 
 
 def test_a_run_that_fails_stops_the_experiment_with_its_error(monkeypatch, tmp_path):
@@ -130,13 +164,14 @@ def test_kinds_are_what_is_right_about_a_picture(monkeypatch):
     shown = ["a blue ring left of a red circle on white", "a cyan square on black"]
     images = torch.stack([drawn(caption) for caption in shown])[:, None]
     monkeypatch.setattr(reproduce, "pictures", lambda folder, n: (asked, images))
-    wanted = {"two objects": 0, "single object": 0, "count": 1, "colour": 0.5, "shape": 1, "background": 1, "position": 0}
+    wanted = {"two objects": 0, "single object": 0, "count": 1, "colour": 0.5, "shape": 1, "background": 1}
+    wanted["position"] = 0
     assert reproduce.kinds(None) == {f"kind: {kind}": share for kind, share in wanted.items()}
 
 
 def test_the_velocity_in_the_plane_is_that_of_its_gaussian():
     """By regression on draws of sde.py (7): the best linear answer to ε - x0 given x."""
-    sigmas = reproduce.demo_2d.flow_sigmas(4, shift=1.0)
+    sigmas = demo_2d.flow_sigmas(4, shift=1.0)
     matrices, vectors = demo_2d.exact_velocity(sigmas)
     generator = torch.Generator().manual_seed(0)
     root = torch.linalg.cholesky(demo_2d.COVARIANCE)
@@ -171,13 +206,14 @@ def test_the_report_has_each_experiment_with_its_verdicts(few, tmp_path, monkeyp
     (tmp_path / "docs/reproduce").mkdir(parents=True)
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
     monkeypatch.setattr(reproduce, "experiments", lambda: {"few": few, "other": few})
-    result = {"claim": "a claim", "seeds": [0, 1], "commit": "abc", "seconds": 130,
-              "rows": {"a": {"eval/hps": [0.5, 0.7]}}, "verdicts": [["a", "b", "eval/hps", "confirmed"]]}  # fmt: skip
+    result = {"claim": "a claim", "seeds": [0, 1], "commit": "abc", "seconds": 130, "jobs": 2,
+              "rows": {"a": {"eval/hps": [0.5, 0.7]}},
+              "verdicts": [["paper", "a", "b", "eval/hps", "yes"]]}  # fmt: skip
     (tmp_path / "docs/reproduce/few.json").write_text(json.dumps(result))
     reproduce.report()
     page = (tmp_path / "docs/reproduce.md").read_text()
-    assert "**a claim.**" in page and "| a | 0.600 ± 0.141 |" in page and "commit abc, 2 minutes" in page
-    assert "* eval/hps: a above b: **confirmed**" in page and "## other\n\nNot run." in page
+    assert "**a claim" in page and "| a | 0.600 ± 0.141 |" in page and "commit abc, 2 minutes" in page
+    assert "* paper: eval/hps of *a* above *b*? **yes**" in page and "## other\n\nNot run." in page
 
 
 def test_an_unknown_name_is_refused_in_one_line(monkeypatch, capsys):
@@ -185,6 +221,10 @@ def test_an_unknown_name_is_refused_in_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         reproduce.main()
     assert stop.value.code == 2 and "NAME typo: must be one of ddpo timesteps" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "noise", "--seeds", "0", "0"])
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main()
+    assert stop.value.code == 2 and "--seeds 0 0: must be different numbers" in capsys.readouterr().err
 
 
 def test_no_line_of_the_method_stands_in_reproduce():

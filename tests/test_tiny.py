@@ -128,29 +128,38 @@ def test_the_video_autoencoder_reconstructs_and_its_latents_are_standardised(hun
 
 
 def test_the_video_base_model_is_a_policy_with_room_above_it(hunyuan):
-    videos = film(hunyuan, VIDEO_HELD_OUT)
-    assert 0.02 < world.video_correct(videos, VIDEO_HELD_OUT).mean() < 0.5
-    assert 0.6 < world.moves_right_way(videos, VIDEO_HELD_OUT).mean() < 0.98
+    """It shows what it is asked, and shows it poorly."""
+    videos = film(hunyuan, VIDEO_HELD_OUT, guidance_scale=2.5)
+    assert world.video_correct(videos, VIDEO_HELD_OUT).mean() > 0.5
+    assert world.moves_right_way(videos, VIDEO_HELD_OUT).mean() > 0.9
     assert world.well_drawn(videos, VIDEO_HELD_OUT).mean() < 0.3
-    assert 0.2 < world.smooth(videos, VIDEO_HELD_OUT).mean() < 0.7
+    assert 0.2 < world.smooth(videos, VIDEO_HELD_OUT).mean() < 0.8
 
 
 def test_the_video_base_model_draws_images_too(hunyuan):
-    images = film(hunyuan, HELD_OUT, frames=1)[:, 0]
-    assert 0.05 < world.correct(images, HELD_OUT).mean() < 0.8
-    assert 0.02 < world.well_made(images, HELD_OUT).mean() < 0.5
+    images = film(hunyuan, HELD_OUT, frames=1, guidance_scale=2.5)[:, 0]
+    assert 0.35 < world.correct(images, HELD_OUT).mean() < 0.8
+    assert 0.15 < world.well_made(images, HELD_OUT).mean() < 0.6
+
+
+def test_the_embedded_guidance_of_the_video_model_guides(hunyuan):
+    """It is distilled: a larger number shows the caption more often, and draws it better."""
+    low, high = (film(hunyuan, VIDEO_HELD_OUT, guidance_scale=scale) for scale in (1.0, 5.0))
+    for measure in (world.video_correct, world.well_drawn, world.smooth):
+        assert measure(high, VIDEO_HELD_OUT).mean() > measure(low, VIDEO_HELD_OUT).mean() + 0.1
 
 
 def test_image_to_video_goes_on_from_its_image(skyreels):
     rng = random.Random(0)
     scenes = [world.parse(p) for p in VIDEO_HELD_OUT[:24]]
     images = torch.stack([world.draw(s, world.random_make(rng, 1.0), torch.Generator()) for s in scenes])
-    videos = film(skyreels, VIDEO_HELD_OUT[:24], image=images, guidance_scale=1.0, true_cfg_scale=5.0,
+    videos = film(skyreels, VIDEO_HELD_OUT[:24], image=images, guidance_scale=1.0, true_cfg_scale=3.0,
                   negative_prompt=[""] * 24)  # fmt: skip
     assert (videos[:, 0] - images).abs().mean() < 0.03
-    assert world.constant(videos, VIDEO_HELD_OUT[:24]).mean() > 0.25
-    assert world.moves_right_way(videos, VIDEO_HELD_OUT[:24]).mean() > 0.6
-    assert 0.2 < world.smooth(videos, VIDEO_HELD_OUT[:24]).mean() < 0.8
+    assert world.constant(videos, VIDEO_HELD_OUT[:24]).mean() > 0.8
+    assert world.moves_right_way(videos, VIDEO_HELD_OUT[:24]).mean() > 0.9
+    assert world.video_correct(videos, VIDEO_HELD_OUT[:24]).mean() > 0.7
+    assert 0.2 < world.smooth(videos, VIDEO_HELD_OUT[:24]).mean() < 0.95
 
 
 @pytest.fixture(scope="module")

@@ -462,6 +462,11 @@ def video_correct(videos, prompts):
     return _read(videos, prompts, judge_video, right)
 
 
+def clean(images, prompts):
+    """1 where the background has no speckles, else 0."""
+    return _read(images, prompts, judge, lambda seen, prompt: seen["clean"])
+
+
 def reads(prompt):
     """True for a caption of this world. A run does not watch the measures below if a prompt is none."""
     try:
