@@ -55,9 +55,9 @@ PRESETS = {
         prompts=f"{HERE}/tiny/prompts_video.txt", eval_prompts=f"{HERE}/tiny/prompts_video_heldout.txt", eval_samples=2,
         reward_paths=[f"{name}={HERE}/tiny/{name}" for name in ("videoalign", "hps", "clip")],
         eval_reward=["vq", "mq", "ta", *JUDGE],
-        num_inference_steps=12, eta=1.0, sde_window=3, sde_window_range=[0, 4], timestep_fraction=1.0,
+        num_inference_steps=16, eta=1.0, sde_window=3, sde_window_range=[0, 4], timestep_fraction=1.0,
         prompts_per_step=12, num_generations=12, num_updates=1, clip_range=1e-2, learning_rate=1e-4,
-        guidance_scale=2.5,  # higher, and the tiny model leaves its rewards little to improve
+        guidance_scale=3.0,  # higher, and the tiny model leaves its rewards little to improve
         train_batch_size=36, max_train_steps=40, validation_steps=10,
     ),
     "lora": REAL | SCRIPT | dict(learning_rate=3e-4, rank=128, lora_alpha=256),  # these are of FLUX's script
