@@ -37,7 +37,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel, HunyuanSkyreelsImage
 from diffusers import HunyuanVideoTransformer3DModel, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -248,9 +248,17 @@ def make_flux():
         text_encoder=model["text_encoder"], tokenizer=CLIP_TOKENS,
         text_encoder_2=model["text_encoder_2"], tokenizer_2=T5_TOKENS,
     )  # fmt: skip
-    pipe.vae.half(), pipe.transformer.half()  # the text encoders stay in fp32: transformers loads what it finds
+    pipe.vae.half(), pipe.transformer.half()
     pipe.save_pretrained(TINY / "flux")
+    store_text_encoders_in_half(TINY / "flux")
     report("flux", max_sequence_length=TEXT_LENGTH)
+
+
+def store_text_encoders_in_half(folder):
+    """Halves their files. Their configs still say float32, so they are loaded in fp32, as transformers does without a
+    dtype."""
+    for file in folder.glob("text_encoder*/model.safetensors"):
+        save_file({name: value.half() for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
 
 
 def report(name, **kwargs):
@@ -303,8 +311,9 @@ def make_sd14():
         vae=vae.cpu(), text_encoder=model["text_encoder"], tokenizer=CLIP_TOKENS, unet=model["unet"],
         scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
-    pipe.vae.half(), pipe.unet.half()  # the text encoder stays in fp32: transformers loads what it finds
+    pipe.vae.half(), pipe.unet.half()
     pipe.save_pretrained(TINY / "sd14")
+    store_text_encoders_in_half(TINY / "sd14")
     weights = TINY / "sd14/vae/diffusion_pytorch_model.safetensors"
     weights.unlink()
     weights.symlink_to("../../flux/vae/diffusion_pytorch_model.safetensors")  # they are the same
@@ -683,7 +692,7 @@ def make_hunyuan_video():
     model = nn.ModuleDict({"transformer": student})
     kwargs = {"steps": HUNYUAN_STEPS, "lr": 1e-3, "seed": 15, "ema_decay": 0.998, "muon": "block"}
     pipe.transformer = train("hunyuan_video", model, loss, **kwargs)["transformer"].cpu()
-    pipe.to("cpu").vae.half(), pipe.transformer.half()  # the text encoders stay in fp32, as above
+    pipe.to("cpu").vae.half(), pipe.transformer.half()
     pipe.save_pretrained(TINY / "hunyuan_video")
     pipe = HunyuanVideoPipeline.from_pretrained(TINY / "hunyuan_video", dtype=torch.float32)
     for scale in (1.0, 2.0, 3.0, 6.0):
