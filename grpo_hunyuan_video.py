@@ -58,7 +58,7 @@ PRESETS = {
         num_inference_steps=16, eta=1.0, sde_window=3, sde_window_range=[0, 4], timestep_fraction=1.0,
         prompts_per_step=12, num_generations=12, num_updates=1, clip_range=1e-2, learning_rate=1e-4,
         guidance_scale=3.0,  # higher, and the tiny model leaves its rewards little to improve
-        train_batch_size=36, max_train_steps=40, validation_steps=10,
+        train_batch_size=36, max_train_steps=20, validation_steps=10,
     ),
     "lora": REAL | SCRIPT | dict(learning_rate=3e-4, rank=128, lora_alpha=256),  # these are of FLUX's script
     "fast": REAL | SCRIPT | FAST | dict(num_updates=1, learning_rate=3e-4, rank=128, lora_alpha=256),  # as "lora"
