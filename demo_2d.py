@@ -4,8 +4,8 @@
 
 Data are a Gaussian N(m, S), and the reward is r(x) = -|x - c|²/2. Among all densities q, E_q[r] - β KL(q ‖ p) is
 largest at q = p exp(r/β)/Z. Here this is a Gaussian again, with precision S⁻¹ + I/β. The velocity of a Gaussian is
-linear in x, so a matrix and a vector for each step hold it exactly. What is left of the error of the mean comes from the
-method. To the error of the covariance, the 40 steps of the SDE add 0.1 % under memoryless noise, 6 % at eta 1 and 10 %
+linear in x, so a matrix and a vector for each step hold it exactly. What is left of the error of the mean comes from
+the method. To the error of the covariance, the 40 steps of the SDE add 0.1 % under memoryless noise, 6 % at eta 1 and 10 %
 at eta 0.5.
 
   memoryless noise    x0 is independent of the initial noise. This is η = 1 of sde.py (21). The answer is reached.

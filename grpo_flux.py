@@ -14,7 +14,8 @@ The algorithm (paper, Algorithm 1; symbols as in sde.py). The numbers return in 
   8 repeat; evaluate with the ODE, never with the SDE
 
 There is no value network: the mean of a group is the baseline. By default there is no KL to the base model: the
-paper saw little difference without it. There is no advantage for each step: the reward comes at the end, and all steps share it.
+paper saw little difference without it. There is no advantage for each step: the reward comes at the end, and all
+steps share it.
 """
 
 import argparse

@@ -14,7 +14,8 @@ The algorithm (paper, Algorithm 1; symbols as in sde.py). The numbers return in 
   8 repeat; evaluate with the ODE, never with the SDE
 
 There is no value network: the mean of a group is the baseline. By default there is no KL to the base model: the
-paper saw little difference without it. There is no advantage for each step: the reward comes at the end, and all steps share it.
+paper saw little difference without it. There is no advantage for each step: the reward comes at the end, and all
+steps share it.
 
 A group also shares its first frame. Guidance is part of the policy: both predictions are trained, as in grpo_sd14.py.
 """
@@ -64,10 +65,10 @@ PRESETS = {
         prompts=f"{HERE}/tiny/prompts_video.txt", eval_prompts=f"{HERE}/tiny/prompts_video_heldout.txt", eval_samples=2,
         reward_paths=[f"{name}={HERE}/tiny/{name}" for name in ("videoalign", "hps", "clip")],
         eval_reward=["vq", "mq", "ta", *JUDGE],
-        num_inference_steps=12, eta=1.0, sde_window=3, sde_window_range=[0, 4], timestep_fraction=1.0,
+        num_inference_steps=12, eta=1.0, sde_window=3, sde_window_range=[0, 8], timestep_fraction=1.0,
         prompts_per_step=12, num_generations=12, num_updates=1, clip_range=1e-2, learning_rate=1e-4,
         true_cfg_scale=3.0,  # at the script's 5 the tiny model keeps the object less often
-        train_batch_size=36, max_train_steps=30, validation_steps=10,
+        train_batch_size=36, max_train_steps=20, validation_steps=10,
     ),
     "lora": REAL | SCRIPT | dict(learning_rate=3e-4, rank=128, lora_alpha=256),  # these are of FLUX's script
     "fast": REAL | SCRIPT | FAST | dict(num_updates=1, learning_rate=3e-4, rank=128, lora_alpha=256),  # as "lora"

@@ -520,7 +520,8 @@ def policies(run, log, rows, steps, network):
     normals = []
     for t in steps:
         velocity = g.predict(network, run.args, trajectory[:, t].contiguous(), sigmas[t], cond)
-        step = g.policy_step(run.args, velocity, trajectory[:, t], *sigmas[t : t + 2], run.args.eta, trajectory[:, t + 1])
+        x, x_next = trajectory[:, t], trajectory[:, t + 1]
+        step = g.policy_step(run.args, velocity, x, *sigmas[t : t + 2], run.args.eta, x_next)
         normals.append(torch.distributions.Normal(step.mean, step.std))
     return normals
 

@@ -128,7 +128,7 @@ def test_a_stopped_run_is_not_taken_for_a_finished_one_and_goes_on(few, monkeypa
 def test_another_method_or_model_is_another_run(few, monkeypatch):
     folder = reproduce.folder_of(few.arms["a"], 0)
     assert folder != reproduce.folder_of(few.arms["a"], 1) != reproduce.folder_of(few.arms["b"], 1)
-    monkeypatch.setattr(reproduce, "state_of_the_method", lambda: "other")
+    monkeypatch.setattr(reproduce, "state_of_the_method", lambda script: "other")
     assert reproduce.folder_of(few.arms["a"], 0) != folder
 
 
