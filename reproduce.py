@@ -395,14 +395,14 @@ T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31,
 
 
 def verdict(above, below):
-    """A paired t-test at 95 % of figures of the same seeds: 'yes', 'no, the contrary' or 'within the spread'."""
+    """A paired t-test at 95 % of figures of the same seeds: 'yes', 'the contrary' or 'no difference within the spread'."""
     differences = [a - b for a, b in zip(above, below, strict=True)]
     if len(differences) not in T_95:
         return f"{len(differences)} seeds: not tested"
     mean, error = statistics.mean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
     if abs(mean) <= T_95[len(differences)] * error:
-        return "within the spread"
-    return "yes" if mean > 0 else "no, the contrary"
+        return "no difference within the spread"
+    return "yes" if mean > 0 else "the contrary"
 
 
 def draw(name, experiment, folders):
@@ -488,6 +488,8 @@ def table(result):
         lines.append(f"| {arm} | " + " | ".join(cell(row[key]) if key in row else "" for key in keys) + " |")
     lines.append("")
     for who, above, below, key, outcome in result["verdicts"]:
+        if who != OURS:  # a claim
+            outcome = {"yes": "confirmed"}.get(outcome, f"not confirmed: {outcome}")
         lines.append(f"* {who}: {key} of *{above}* above *{below}*? **{outcome}**")
     return lines
 
@@ -495,7 +497,8 @@ def table(result):
 def report():
     lines = ["# The paper's claims on the tiny models", ""]
     lines += ["Written by `python reproduce.py --report` from what was run. Mean ± standard deviation over seeds, at"]
-    lines += ["the end of the runs unless a column says otherwise. **yes** and **no** are paired t-tests at 95 %.", ""]
+    lines += ["the end of the runs unless a column says otherwise. The answers are those of paired t-tests at 95 %: where"]
+    lines += ["nothing differs, one test in twenty says that something does.", ""]
     for name in experiments():
         file = DOCS / f"{name}.json"
         if not file.exists():
@@ -505,7 +508,9 @@ def report():
         command = f"`python reproduce.py {name} --seeds {' '.join(map(str, result['seeds']))}`"
         took = f"{result['seconds'] // 60} minutes of training, {result['jobs']} runs at a time"
         lines += [f"## {name}", "", f"**{result['claim']}**", "", f"{command}, commit {result['commit']}, {took}.", ""]
-        lines += [*table(result), "", f"![curves and pictures](reproduce/{name}.png)", ""]
+        note = DOCS / f"{name}.md"  # what a reader saw in the figures
+        lines += [*table(result), "", *([note.read_text()] if note.exists() else [])]
+        lines += [f"![curves and pictures](reproduce/{name}.png)", ""]
     (ROOT / "docs/reproduce.md").write_text("\n".join(lines))
 
 

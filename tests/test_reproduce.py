@@ -57,11 +57,11 @@ def test_claims_are_about_arms_and_figures_that_there_are():
     "above, below, outcome",
     [
         ([1.0, 1.1, 1.2], [0.0, 0.1, 0.3], "yes"),
-        ([0.0, 0.1, 0.3], [1.0, 1.1, 1.2], "no, the contrary"),
+        ([0.0, 0.1, 0.3], [1.0, 1.1, 1.2], "the contrary"),
         ([1.0, 1.0, 0.5], [0.0, 0.0, 0.0], "yes"),  # t = 5, the quantile of 3 seeds is 4.3
-        ([1.0, 0.3, 0.6], [0.0, 0.0, 0.0], "within the spread"),  # t = 3.1
+        ([1.0, 0.3, 0.6], [0.0, 0.0, 0.0], "no difference within the spread"),  # t = 3.1
         ([1.0, 0.3, 0.6, 0.6, 0.6], [0.0] * 5, "yes"),  # t = 5.3, 2.8
-        ([1.0, 1.0, 1.0], [1.0, 1.0, 1.0], "within the spread"),
+        ([1.0, 1.0, 1.0], [1.0, 1.0, 1.0], "no difference within the spread"),
         ([1.0], [0.0], "1 seeds: not tested"),
     ],
 )
@@ -208,12 +208,16 @@ def test_the_report_has_each_experiment_with_its_verdicts(few, tmp_path, monkeyp
     monkeypatch.setattr(reproduce, "experiments", lambda: {"few": few, "other": few})
     result = {"claim": "a claim", "seeds": [0, 1], "commit": "abc", "seconds": 130, "jobs": 2,
               "rows": {"a": {"eval/hps": [0.5, 0.7]}},
-              "verdicts": [["paper", "a", "b", "eval/hps", "yes"]]}  # fmt: skip
+              "verdicts": [["paper", "a", "b", "eval/hps", "yes"], ["paper", "b", "a", "eval/hps", "the contrary"],
+                           ["our question", "a", "b", "kl", "yes"]]}  # fmt: skip
     (tmp_path / "docs/reproduce/few.json").write_text(json.dumps(result))
+    (tmp_path / "docs/reproduce/few.md").write_text("What we saw.\n")
     reproduce.report()
     page = (tmp_path / "docs/reproduce.md").read_text()
     assert "**a claim" in page and "| a | 0.600 ± 0.141 |" in page and "commit abc, 2 minutes" in page
-    assert "* paper: eval/hps of *a* above *b*? **yes**" in page and "## other\n\nNot run." in page
+    assert "* paper: eval/hps of *a* above *b*? **confirmed**" in page and "## other\n\nNot run." in page
+    assert "*b* above *a*? **not confirmed: the contrary**" in page and "kl of *a* above *b*? **yes**" in page
+    assert "What we saw.\n\n![curves" in page
 
 
 def test_an_unknown_name_is_refused_in_one_line(monkeypatch, capsys):
