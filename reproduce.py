@@ -395,7 +395,7 @@ T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31,
 
 
 def verdict(above, below):
-    """A paired t-test at 95 % of figures of the same seeds: 'yes', 'the contrary' or 'no difference within the spread'."""
+    """By a paired t-test at 95 %: 'yes', 'the contrary' or 'no difference within the spread'."""
     differences = [a - b for a, b in zip(above, below, strict=True)]
     if len(differences) not in T_95:
         return f"{len(differences)} seeds: not tested"
@@ -411,8 +411,9 @@ def draw(name, experiment, folders):
     from matplotlib.figure import Figure
     from PIL import Image
 
-    figure = Figure(figsize=(11, 8), dpi=80, layout="constrained")
-    grid = figure.add_gridspec(2, len(folders), height_ratios=[1, 1.1])
+    pairs = (len(folders) + 1) // 2  # two arms' pictures side by side
+    figure = Figure(figsize=(11, 3.5 + 3 * pairs), dpi=80, layout="constrained")
+    grid = figure.add_gridspec(1 + pairs, 2, height_ratios=[3.5] + [3] * pairs)
     axes = figure.add_subplot(grid[0, :])
     for color, (arm, runs) in zip(plt.get_cmap("tab10").colors, folders.items()):
         curves = [curve(folder, experiment.figures[0], experiment.axis) for folder in runs]
@@ -426,7 +427,7 @@ def draw(name, experiment, folders):
     axes.legend(frameon=False, fontsize=8)
     for i, (arm, runs) in enumerate(folders.items()):
         last = max((runs[0] / "samples").glob("step_*"))
-        axes = figure.add_subplot(grid[1, i])
+        axes = figure.add_subplot(grid[1 + i // 2, i % 2])
         picture = Image.open(last).convert("RGB")
         axes.imshow(picture)
         axes.set_title(arm, fontsize=8)
@@ -450,6 +451,8 @@ def perform(name, experiment, seeds, jobs):
             rows[arm] = {key: [error[key] for error in of_seeds] for key in of_seeds[0]}
         demo_2d.draw(rows, DOCS / f"{name}.png")
         seconds = time.time() - start
+        describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+        commits = {subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()}
     else:
         folders = run_all(experiment.arms, seeds, jobs)
         for arm, runs in folders.items():
@@ -465,11 +468,10 @@ def perform(name, experiment, seeds, jobs):
         draw(name, experiment, folders)
         different = {folder for runs in folders.values() for folder in runs}
         seconds = sum(int((folder / "seconds.txt").read_text()) for folder in different) / jobs
+        commits = {(json.loads((folder / "args.json").read_text())["commit"] or "")[:7] for folder in different}
     verdicts = [[who, a, b, key, verdict(rows[a][key], rows[b][key])] for who, a, b, key in experiment.comparisons]
-    commit = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(commit, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    result = {"claim": experiment.claim, "arms": experiment.arms, "seeds": seeds, "commit": commit, "jobs": jobs,
-              "rows": rows, "verdicts": verdicts, "seconds": round(seconds)}  # fmt: skip
+    result = {"claim": experiment.claim, "arms": experiment.arms, "seeds": seeds, "commit": " ".join(sorted(commits)),
+              "jobs": jobs, "rows": rows, "verdicts": verdicts, "seconds": round(seconds)}  # fmt: skip
     (DOCS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     print("\n".join(table(result)))
 
@@ -482,7 +484,9 @@ def cell(values):
 
 def table(result):
     """Lines of Markdown: mean ± standard deviation over the seeds of each figure, then the verdicts."""
-    keys = list(dict.fromkeys(key for row in result["rows"].values() for key in row))
+    asked = {key for _, _, _, key, _ in result["verdicts"]}
+    keys = dict.fromkeys(key for row in result["rows"].values() for key in row)
+    keys = [key for key in keys if key in asked or not (key.startswith("rise of") or key.endswith("at equal time"))]
     lines = ["| | " + " | ".join(keys) + " |", "|---" * (len(keys) + 1) + "|"]
     for arm, row in result["rows"].items():
         lines.append(f"| {arm} | " + " | ".join(cell(row[key]) if key in row else "" for key in keys) + " |")
@@ -497,8 +501,8 @@ def table(result):
 def report():
     lines = ["# The paper's claims on the tiny models", ""]
     lines += ["Written by `python reproduce.py --report` from what was run. Mean ± standard deviation over seeds, at"]
-    lines += ["the end of the runs unless a column says otherwise. The answers are those of paired t-tests at 95 %: where"]
-    lines += ["nothing differs, one test in twenty says that something does.", ""]
+    lines += ["the end of the runs unless a column says otherwise. The answers are those of paired t-tests at 95 %."]
+    lines += ["Where nothing differs, one test in twenty says that something does.", ""]
     for name in experiments():
         file = DOCS / f"{name}.json"
         if not file.exists():

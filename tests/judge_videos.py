@@ -59,7 +59,7 @@ def seen_in(script, args, weights=None):
     return {name: float(torch.cat(values).mean()) for name, values in seen.items()}, shown
 
 
-def draw_frames(before, after, path, count=6):
+def draw_frames(before, after, path, count=8):
     """Two rows of frames for each of `count` prompts that lie evenly among all."""
     chosen = list(before)[:: len(before) // count][:count]
     figure = Figure(figsize=(9, 2.2 * count), dpi=80, layout="constrained")
