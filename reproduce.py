@@ -284,10 +284,11 @@ def pictures(folder, per_prompt):
     from diffusers import FluxPipeline, FluxTransformer2DModel
 
     parts = {}
-    if folder:
-        last = max((folder / "checkpoints").glob("step_??????"))
-        parts["transformer"] = FluxTransformer2DModel.from_pretrained(last / "transformer")
-    pipe = FluxPipeline.from_pretrained(ROOT / "tiny/flux", dtype=torch.float32, **parts)
+    with harness.loading():
+        if folder:
+            last = max((folder / "checkpoints").glob("step_??????"))
+            parts["transformer"] = FluxTransformer2DModel.from_pretrained(last / "transformer")
+        pipe = FluxPipeline.from_pretrained(ROOT / "tiny/flux", dtype=torch.float32, **parts)
     pipe.set_progress_bar_config(disable=True)
     prompts = (ROOT / "tiny/prompts_heldout.txt").read_text().splitlines()
     images = []
@@ -433,7 +434,8 @@ def draw(name, experiment, folders):
         axes.set_title(arm, fontsize=8)
         axes.axis("off")
     figure.savefig(DOCS / f"{name}.png")
-    Image.open(DOCS / f"{name}.png").convert("RGB").quantize(128).save(DOCS / f"{name}.png", optimize=True)
+    small = Image.open(DOCS / f"{name}.png").convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    small.save(DOCS / f"{name}.png", optimize=True)
 
 
 def perform(name, experiment, seeds, jobs):
