@@ -185,10 +185,12 @@ def experiments():
             "The size of the JPEG file is a reward that pays for blank pictures. Does a KL, or a second reward, keep "
             "the captions?",
             {"jpeg": f"{FLUX} --reward jpeg {no_kl}", "jpeg, KL 0.1": f"{FLUX} --reward jpeg --kl_beta 0.1",
-             "jpeg, KL 1": f"{FLUX} --reward jpeg --kl_beta 1", "jpeg and clip": f"{FLUX} --reward jpeg clip {no_kl}"},
-            [(OURS, "jpeg", "before", "eval/jpeg"), (OURS, "jpeg, KL 0.1", "jpeg", "eval/correct"),
-             (OURS, "jpeg, KL 1", "jpeg", "eval/correct"), (OURS, "jpeg and clip", "jpeg", "eval/correct"),
-             (OURS, "jpeg, KL 1", "before", "eval/jpeg"), (OURS, "jpeg and clip", "before", "eval/jpeg")],
+             "jpeg, KL 1": f"{FLUX} --reward jpeg --kl_beta 1", "jpeg, KL 3": f"{FLUX} --reward jpeg --kl_beta 3",
+             "jpeg and clip": f"{FLUX} --reward jpeg clip {no_kl}",
+             "jpeg and 4 clip": f"{FLUX} --reward jpeg clip --reward_weights 0.25 1 {no_kl}"},
+            [(OURS, "before", "jpeg", "eval/correct")]
+            + [(OURS, arm, "before", key) for arm in ("jpeg", "jpeg, KL 1", "jpeg, KL 3", "jpeg and clip",
+                                                      "jpeg and 4 clip") for key in ("eval/jpeg", "eval/correct")],
             ["eval/jpeg", *JUDGE, "kl"],
         ),
         "guidance": Experiment(
