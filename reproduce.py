@@ -177,7 +177,7 @@ def experiments():
         "kl": Experiment(
             "A KL to the base model makes little difference (paper, section 2)",
             {"hps": f"{HPS} {no_kl}", "hps, KL 0.1": f"{HPS} --kl_beta 0.1", "hps, KL 1": f"{HPS} --kl_beta 1"},
-            [(PAPER, "hps", "hps, KL 0.1", "eval/hps"), (OURS, "hps, KL 1", "hps", "eval/correct"),
+            [(OURS, "hps", "hps, KL 0.1", "eval/hps"), (OURS, "hps, KL 1", "hps", "eval/correct"),
              (OURS, "hps", "hps, KL 1", "kl")],
             ["eval/hps", *JUDGE, "kl"],
         ),
