@@ -32,7 +32,7 @@ def test_each_command_is_accepted_by_its_script_and_logs_its_figures(command, mo
     # The last iteration has to be a checkpoint: pictures() loads it.
     assert args.max_train_steps % args.checkpointing_steps == 0
     logged = {f"eval/{Path(name.replace(':', '/')).name}" for name in args.reward + args.eval_reward}
-    logged |= {"kl", "zero_std_groups"}
+    logged |= {name.replace("eval/", "eval_std/") for name in logged} | {"kl", "zero_std_groups"}
     for experiment in EXPERIMENTS.values():
         if command in experiment.arms.values():
             assert set(experiment.figures) <= logged, experiment.claim
