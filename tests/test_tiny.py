@@ -190,6 +190,34 @@ def test_a_reward_model_prefers(name, better, worse, rate, comparisons):
     assert (comparisons[better][name] > comparisons[worse][name]).float().mean() >= rate
 
 
+@pytest.fixture(scope="module")
+def moving_comparisons():
+    """Scores of 96 moving drawings, flawed or not, under the right caption and one of another colour, shape, ..."""
+    rng, generator = random.Random(4), torch.Generator().manual_seed(4)
+    scenes = rng.sample(world.moving_scenes(), 96)
+    makes = [(world.random_moving_make(rng, s.motion, 0.35), world.random_motion(rng, s.motion)) for s in scenes]
+    videos = torch.stack([world.draw_video(s, *make, generator) for s, make in zip(scenes, makes)])
+    rewards = load_rewards(["vq", "mq", "ta"], {"videoalign": f"{TINY}/videoalign"})
+    captions = {"right": [s.caption for s in scenes]}
+    for kind in make_tiny.wrong_scenes(scenes[0]):
+        captions[kind] = [rng.choice(make_tiny.wrong_scenes(s)[kind]).caption for s in scenes]
+    return {kind: rewards(videos, words) for kind, words in captions.items()}, makes
+
+
+@pytest.mark.parametrize("kind", ["colour", "shape", "background", "motion"])
+def test_text_alignment_reads_each_kind_of_word(kind, moving_comparisons):
+    scores, _ = moving_comparisons
+    assert (scores["right"]["ta"] > scores[kind]["ta"]).float().mean() >= 0.75
+
+
+@pytest.mark.parametrize("name, which", [("vq", 0), ("mq", 1)])
+def test_the_video_rewards_prefer_fewer_defects(name, which, moving_comparisons):
+    scores, makes = moving_comparisons
+    defects = torch.tensor([len(make[which].defects) for make in makes])
+    better = defects[:, None] < defects
+    assert (scores["right"][name][:, None] > scores["right"][name])[better].float().mean() >= 0.85
+
+
 def test_only_safe_formats_and_little_of_them():
     files = [f for f in TINY.rglob("*") if f.is_file() and not {".build", "__pycache__"} & set(f.parts)]
     assert {f.suffix for f in files} <= {".safetensors", ".json", ".txt", ".py"}

@@ -28,6 +28,7 @@ import re
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -810,8 +811,8 @@ def moving_bank(n, seed, vae):
 
 def bradley_terry_with_ties(score, grade, theta=5.0):
     """Loss of all pairs of scores (n,). At a difference d, the better one wins with probability 1/(1 + θ exp(-d)).
-    What is left for neither is a tie, and two of one grade tie. So they learn one score, whatever they show. VideoAlign,
-    too, learns from ties (arXiv:2501.13918)."""
+    What is left for neither is a tie, and two of one grade tie. So they learn one score, whatever they show. VideoAlign
+    learns from ties, too (arXiv:2501.13918)."""
     difference = score[:, None] - score
     win = -F.softplus(math.log(theta) - difference)
     tie = math.log(theta**2 - 1) + win + win.T
@@ -819,14 +820,28 @@ def bradley_terry_with_ties(score, grade, theta=5.0):
     return -(win[better].sum() + tie[same].sum()) / (better.sum() + same.sum()).clamp_min(1)
 
 
+def wrong_scenes(scene):
+    """What a caption that is wrong by one word asks for: {kind of word: scenes}."""
+    ((colour, shape),) = scene.objects
+    return {
+        "colour": [replace(scene, objects=((c, shape),)) for c in world.COLOURS if c != colour],
+        "shape": [replace(scene, objects=((colour, s),)) for s in world.SHAPES if s != shape],
+        "background": [replace(scene, background=b) for b in world.BACKGROUNDS if b != scene.background],
+        "motion": [replace(scene, motion=d) for d in world.DIRECTIONS if d != scene.motion],
+    }
+
+
 def make_videoalign():
     """Three preferences over moving drawings: fewer defects in the frames (vq), fewer in the motion (mq), and the right
-    caption against one that is wrong by a word or altogether (ta). The labels say who wins, never by how much.
+    caption against one that is wrong by a word (ta). The labels say who wins, never by how much.
+
+    The word is a colour or a shape in three cases of four. When one word in six was a colour, the reward stayed blind
+    to colours: after 2,000 steps it chose the right one in 51 % of pairs.
 
     Saved in VideoAlign's own layout: LoRA beside the weights of the language model, and peft's names.
     """
-    torch.manual_seed(8)
     scenes, grades, bank = moving_bank(6144, 8, load_video_vae())
+    torch.manual_seed(8)
     qwen = Qwen2VLModel(Qwen2VLConfig(**QWEN2_VL))
     for rope in (qwen.language_model.rotary_emb, qwen.visual.rotary_pos_emb):
         rope.inv_freq = rope.inv_freq.bfloat16().float()  # as it will be when it is loaded
@@ -838,16 +853,16 @@ def make_videoalign():
     def loss(model, rng, generator):
         index = torch.randint(len(bank), (24,), generator=generator)
         right = [scenes[i] for i in index]
-        wrong = [
-            rng.choice([world.change_one_word(s, rng), world.change_one_word(s, rng), rng.choice(scenes)])
-            for s in right
-        ]
+        kinds = ["colour"] * 3 + ["shape"] * 3 + ["background", "motion"]
+        wrong = []
+        for scene in right:
+            kind = rng.choice(kinds)
+            wrong.append(rng.choice(wrong_scenes(scene)[kind]))
         videos = (bank[index].to(DEVICE) / 255).repeat(2, 1, 1, 1, 1)
         score = video_align(model, videos, [scene.caption for scene in right + wrong])  # (48, 3)
         grade = grades[index].to(DEVICE)
         losses = [bradley_terry_with_ties(score[:24, k], grade[:, k]) for k in (0, 1)]
-        of_scene = torch.tensor([r != w for r, w in zip(right, wrong)], device=DEVICE)
-        losses.append(-F.logsigmoid(score[:24, 2] - score[24:, 2])[of_scene].mean())
+        losses.append(-F.logsigmoid(score[:24, 2] - score[24:, 2]).mean())
         losses.append(bradley_terry_with_ties(score[:, 2], torch.tensor([1] * 24 + [0] * 24, device=DEVICE)))
         return sum(losses)
 
@@ -906,6 +921,10 @@ def report_videoalign(folder):
         wins = (scores[name][:, None] > scores[name])[better].float().mean()
         print(f"videoalign: {name} prefers the better of two {wins:.3f}")
     print(f"videoalign: ta prefers the right caption {(scores['ta'] > others['ta']).float().mean():.3f}")
+    for kind in wrong_scenes(scenes[0]):
+        wrong = [rng.choice(wrong_scenes(scene)[kind]).caption for scene in scenes]
+        ta = reward(bank.to(DEVICE) / 255, wrong)["ta"]
+        print(f"videoalign: over one of another {kind} {(scores['ta'] > ta).float().mean():.3f}")
     report_bias(reward)
     config = json.loads((folder / "model_config.json").read_text())
     for name in scores:
@@ -935,7 +954,7 @@ def make_prompts():
 
 VAE_STEPS, FLUX_STEPS, SD14_STEPS, CLIP_STEPS, HPS_STEPS = 1800, 11800, 4000, 1600, 600
 FRAME_VAE_STEPS, VIDEO_VAE_STEPS = 2000, 2500
-TEACHER_STEPS, HUNYUAN_STEPS, SKYREELS_STEPS, VIDEOALIGN_STEPS = 12000, 2000, 3000, 2000
+TEACHER_STEPS, HUNYUAN_STEPS, SKYREELS_STEPS, VIDEOALIGN_STEPS = 12000, 2000, 3000, 2500
 STAGES = {"prompts": make_prompts, "vae": make_vae, "flux": make_flux, "sd14": make_sd14, "clip": make_clip,
           "hps": make_hps, "video_vae": make_video_vae, "video_teacher": make_video_teacher,
           "hunyuan_video": make_hunyuan_video, "skyreels_i2v": make_skyreels,
