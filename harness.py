@@ -470,7 +470,8 @@ def draw_samples(samples, prompts, step, path):
 
     videos = (samples if samples.ndim == 5 else samples[:, None]).permute(0, 1, 3, 4, 2).numpy()
     dpi = 100 if videos.shape[1] > 1 else max(100, 0.7 * videos.shape[3])  # images at their own size
-    figure, axes = plt.subplots(3, 8, figsize=(12, 6.2), layout="constrained", dpi=dpi)
+    rows = math.ceil(len(videos) / 8)
+    figure, axes = plt.subplots(rows, 8, figsize=(12, 0.5 + 1.9 * rows), layout="constrained", dpi=dpi)
     figure.suptitle(f"held-out prompts, iteration {step}")
     for axis in axes.flat:
         axis.axis("off")

@@ -414,9 +414,14 @@ def draw(name, experiment, folders):
     from matplotlib.figure import Figure
     from PIL import Image
 
-    pairs = (len(folders) + 1) // 2  # two arms' pictures side by side
-    figure = Figure(figsize=(11, 3.5 + 3 * pairs), dpi=80, layout="constrained")
-    grid = figure.add_gridspec(1 + pairs, 2, height_ratios=[3.5] + [3] * pairs)
+    pictures = []
+    for runs in folders.values():
+        with Image.open(max((runs[0] / "samples").glob("step_*"))) as last:
+            pictures.append(last.convert("RGB"))
+    heights = [picture.height / picture.width for picture in pictures]  # of the width of half a page
+    heights = [3.5] + [0.3 + 5.3 * max(heights[i : i + 2]) for i in range(0, len(heights), 2)]  # inches
+    figure = Figure(figsize=(11, sum(heights)), dpi=80, layout="constrained")
+    grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
     axes = figure.add_subplot(grid[0, :])
     for color, (arm, runs) in zip(plt.get_cmap("tab10").colors, folders.items()):
         curves = [curve(folder, experiment.figures[0], experiment.axis) for folder in runs]
@@ -428,16 +433,12 @@ def draw(name, experiment, folders):
         )
     axes.set(xlabel="iterations" if experiment.axis == "step" else "seconds of training", ylabel=experiment.figures[0])
     axes.legend(frameon=False, fontsize=8)
-    for i, (arm, runs) in enumerate(folders.items()):
-        last = max((runs[0] / "samples").glob("step_*"))
+    for i, (arm, picture) in enumerate(zip(folders, pictures)):
         axes = figure.add_subplot(grid[1 + i // 2, i % 2])
-        picture = Image.open(last).convert("RGB")
         axes.imshow(picture)
         axes.set_title(arm, fontsize=8)
         axes.axis("off")
     figure.savefig(DOCS / f"{name}.png")
-    small = Image.open(DOCS / f"{name}.png").convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    small.save(DOCS / f"{name}.png", optimize=True)
 
 
 def perform(name, experiment, seeds, jobs):
