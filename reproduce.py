@@ -462,11 +462,10 @@ def perform(name, experiment, seeds, jobs):
         folders = run_all(experiment.arms, seeds, jobs)
         for arm, runs in folders.items():
             before, after = zip(*[figures_of(folder, experiment) for folder in runs])
-            rows[f"before {arm}"] = {key: [b[key] for b in before] for key in before[0]}
+            base = {key: [b[key] for b in before] for key in before[0]}
+            if base not in rows.values():  # another base model, another sampler or other prompts
+                rows[f"before {arm}" if rows else "before"] = base
             rows[arm] = {key: [a[key] for a in after] for key in after[0]}
-        bases = [rows[f"before {arm}"] for arm in folders]
-        if all(base == bases[0] for base in bases):  # one base model and one sampler
-            rows = {"before": bases[0]} | {arm: rows[arm] for arm in folders}
         key = experiment.figures[0]
         for arm, values in at_equal_time(folders, key).items():
             rows[arm][f"{key} at equal time"] = values
