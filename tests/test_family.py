@@ -1,4 +1,4 @@
-"""The scripts are one algorithm for several models: what they share is the same text, and each trains its tiny model."""
+"""The scripts are one algorithm for several models: what they share is the same text; each trains its tiny model."""
 
 import argparse
 import difflib
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import harness
@@ -163,3 +164,10 @@ def test_a_run_is_whole_and_continues_bit_for_bit(script, tmp_path, monkeypatch,
     assert Path("whole/curve.png").stat().st_size > 1000
     saved = Path("whole/checkpoints/step_000002").glob("*/*.safetensors")
     assert {file.parent.name for file in saved} == {"training_state", module.PART}
+
+
+@pytest.mark.parametrize("samples, rows", [(1, 1), (8, 1), (9, 2), (24, 3)])
+def test_a_picture_has_the_rows_that_its_samples_need(samples, rows, tmp_path):
+    harness.draw_samples(torch.rand(samples, 3, 8, 8), ["a ring"] * samples, 0, tmp_path / "picture")
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.size == (1200, 50 + 190 * rows)

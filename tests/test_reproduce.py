@@ -101,6 +101,26 @@ def test_an_experiment_leaves_rows_and_a_figure_and_does_nothing_twice(few, tmp_
     reproduce.run(few.arms["a"], 0)
 
 
+def test_each_base_model_has_one_row(tmp_path, monkeypatch):
+    """b has the base of a, as another setting of its training. c has another one, as with other prompts."""
+    figures = {"a": (1.0, 2.0), "b": (1.0, 3.0), "c": (0.5, 4.0)}
+    folders = {arm: [tmp_path / arm] for arm in figures}
+    for arm, (folder,) in folders.items():
+        folder.mkdir()
+        (folder / "seconds.txt").write_text("1")
+        (folder / "args.json").write_text('{"commit": "1234567"}')
+    monkeypatch.setattr(reproduce, "DOCS", tmp_path)
+    monkeypatch.setattr(reproduce, "run_all", lambda *a: folders)
+    monkeypatch.setattr(reproduce, "figures_of", lambda folder, e: [{"eval/hps": x} for x in figures[folder.name]])
+    monkeypatch.setattr(reproduce, "at_equal_time", lambda *a: {})
+    monkeypatch.setattr(reproduce, "draw", lambda *a: None)
+    reproduce.perform("some", reproduce.Experiment("a claim", dict.fromkeys(figures, ""), []), [0], 1)
+    rows = json.loads((tmp_path / "some.json").read_text())["rows"]
+    assert {row: values["eval/hps"] for row, values in rows.items()} == {
+        "before": [1.0], "a": [2.0], "b": [3.0], "before c": [0.5], "c": [4.0],
+    }  # fmt: skip
+
+
 def test_a_stopped_run_is_not_taken_for_a_finished_one_and_goes_on(few, monkeypatch):
     """The first call is told to stop, as by Ctrl-C, while it trains: it exits with status 0."""
     command, calls, run = few.arms["a"], [], reproduce.subprocess.run
