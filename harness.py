@@ -406,7 +406,7 @@ def record(run, metrics):
     if RANK == 0:
         with open(run.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metrics) + "\n")
-    run.step = metrics["step"]
+    run.step, run.pending = metrics["step"], None
     if RANK > 0:
         return
     run.history.append(metrics)
@@ -422,6 +422,90 @@ def record(run, metrics):
     scores = [f"{key} {value:.4f}" for key, value in metrics.items() if key.startswith("eval/")]
     if scores:
         say(f"iteration {run.step:3d}  " + "  ".join(scores))
+
+
+def evaluation_is_due(run, step):
+    """True before the first iteration, every --validation_steps and after the last one, if there are held-out prompts.
+    A run that is resumed has been evaluated before its first iteration."""
+    due = step % run.args.validation_steps == 0 or step == run.args.max_train_steps
+    return bool(run.eval_prompts) and (due if step else run.step == 0)
+
+
+def check_ratio(run, seen, iteration):
+    """Returns the ratios before the first update, of all processes. They are 1 by definition: both policies are those
+    of the rollout. Anything else is a bug and stops the run."""
+    ratios = everyone(torch.cat([part["ratio"] for part in seen]), run.device)
+    deviation = float((ratios - 1).abs().max())
+    if not deviation <= run.args.ratio_tolerance:
+        wanted = f"it has to be 0, or at most --ratio_tolerance {run.args.ratio_tolerance:g}"
+        raise RunError(f"max|ratio-1| = {deviation:.1e} before the first update, where {wanted}")
+    if iteration == 0:
+        say(f"ratio        max|ratio-1| = {deviation:.1e} over {ratios.numel()} transitions")
+    return ratios
+
+
+def metrics_of(run, iteration, scores, advantages, flat_groups, first_ratios, seen, grad_norms, began):
+    """The metrics of an iteration, over all processes. seen: what is known of each trained transition, {name: (b,)} of
+    each micro-batch; every name but the ratio is logged as its mean. The iteration is done: run.pending keeps its
+    metrics until they are recorded."""
+    args, device = run.args, run.device
+    seen = {name: everyone(torch.cat([part[name] for part in seen]), device) for name in seen[0]}
+    ratio = seen.pop("ratio")
+    scores = {name: everyone(score, device) for name, score in scores.items()}  # {name: (WORLD, B)}
+    spreads = {name: score.view(-1, args.num_generations).std(1) for name, score in scores.items()}
+    metrics = {"step": iteration + 1}
+    metrics |= {f"reward/{name}": float(score.mean()) for name, score in scores.items()}
+    metrics |= {f"reward_std/{name}": float(spread.mean()) for name, spread in spreads.items()}
+    metrics |= {"advantage_abs_mean": float(everyone(advantages.abs().mean(), device).mean())}
+    metrics |= {name: float(values.mean()) for name, values in seen.items()}
+    run.consistent = True
+    run.pending = metrics | {
+        "ratio_max_dev": float((first_ratios - 1).abs().max()),
+        "ratio_transitions": first_ratios.numel(),
+        "ratio_mean": float(ratio.mean()),
+        "clip_frac": float(((ratio - 1).abs() > args.clip_range).double().mean()),
+        "approx_kl": float((ratio - 1 - ratio.log()).mean()),  # of mean log-probabilities; estimator k3 of Schulman
+        "zero_std_groups": int(everyone(flat_groups, device).sum()),
+        "updates": args.num_updates,
+        "lr": args.learning_rate,
+        "samples_per_s": args.prompts_per_step * args.num_generations / (time.time() - began),
+        "time_s": time.time() - began,
+        "grad_norm": sum(grad_norms) / len(grad_norms),
+    }
+    return run.pending
+
+
+def show(shown, samples, prompts):
+    """Adds to `shown`, {prompt: sample}, the first sample of each prompt, as long as a picture has room."""
+    for sample, prompt in zip(samples, prompts):
+        if len(shown) < SHOWN and prompt not in shown:
+            shown[prompt] = sample.cpu()
+
+
+def figures_of(run, iteration, scores, shown):
+    """Draws the samples that are `shown`. Returns the figures of an evaluation, eval/<name> and eval_std/<name>, from
+    the scores of this process's micro-batches, {name: (b,)} each."""
+    if RANK == 0:
+        draw_samples(torch.stack([*shown.values()]), [*shown], iteration, run.folder / f"samples/step_{iteration:06d}")
+    total = len(run.eval_prompts) * run.args.eval_samples
+    figures = {}
+    for name in scores[0]:
+        values = unshare(torch.cat([part[name] for part in scores]), total, run.device)
+        figures[f"eval/{name}"] = float(values.mean())
+        figures[f"eval_std/{name}"] = float(values.std(correction=min(1, len(values) - 1)))
+    return figures
+
+
+def print_header(run, transitions, dims, nats):
+    """What an iteration does, in numbers: `transitions` trained of a sample, `dims` of its latents, and the `nats` by
+    which the clip range lets their joint log-probability move."""
+    args = run.args
+    samples = args.prompts_per_step * args.num_generations
+    kept = args.prompts_per_step * (args.best_of_n or args.num_generations)
+    say(f"iteration    {args.prompts_per_step} prompts x {args.num_generations} = {samples} samples; trained: {kept}; "
+        f"updates: {args.num_updates}\ntransitions  {kept * transitions} trained: {transitions} of the "
+        f"{args.num_inference_steps} steps of a sample\nclip_range   {args.clip_range:g} on the mean over "
+        f"D = {dims:,} dimensions: {nats:.2g} nats of joint log-probability")  # fmt: skip
 
 
 def warnings_of(history):
@@ -512,10 +596,13 @@ def draw_curves(folder):
 
 # ---- CHECKPOINTS ---------------------------------------------------------------------------------------------
 def iterations(run):
-    """The numbers of the iterations that remain. Ends early once a signal has reached any process."""
+    """The numbers of the iterations that remain. Saves a checkpoint after some of them. Ends early once a signal has
+    reached any process."""
     steps = range(run.step, run.args.max_train_steps)
     for step in tqdm(steps, "iteration", initial=run.step, total=run.args.max_train_steps, disable=RANK > 0):
         yield step
+        if run.step % run.args.checkpointing_steps == 0:
+            save_checkpoint(run)
         run.stopped = bool(everyone([run.signalled], run.device).any())
         if run.stopped:
             return
@@ -547,6 +634,8 @@ def keep_last_iteration(run, *expected):
     finally:
         alone = WORLD == 1 or not failed  # a failed process cannot save alone: the others hold shards, too
         try:
+            if run.pending:  # the iteration is done, even if its evaluation failed
+                record(run, run.pending)
             if alone and run.consistent and run.step > run.saved:
                 save_checkpoint(run)
         except (OSError, SafetensorError, RunError) as error:
@@ -703,8 +792,8 @@ def averaged_weights(run):
 
 
 def conditions(run, prompts):
-    """What run.encode returns for each prompt: {name: (n, ...)} on the CPU, computed once and kept with the run.
-    Prompts are encoded one at a time, since a kernel's rounding may depend on the size of the batch."""
+    """What run.encode returns for each prompt: a list of {name: (1, ...)} on the CPU, computed once and kept with the
+    run. Prompts are encoded one at a time, since a kernel's rounding may depend on the size of the batch."""
     from safetensors.torch import save_file
 
     folder = run.folder / "conditions"
@@ -723,7 +812,12 @@ def conditions(run, prompts):
                 save_file(tensors, part, {"sha256": digest(tensors)})
                 part.rename(files[prompt])  # whole or not at all
                 loaded[prompt] = tensors
-    return {name: torch.cat([loaded[prompt][name] for prompt in prompts]) for name in loaded[prompts[0]]}
+    return [loaded[prompt] for prompt in prompts]
+
+
+def stack(conditions, device):
+    """Conditions of b samples, as one {name: (b, ...)} on the device."""
+    return {name: torch.cat([cond[name] for cond in conditions]).to(device) for name in conditions[0]}
 
 
 def read_tensors(file):
@@ -775,7 +869,7 @@ def start_run(args):
         lock=lock, history=[], warned=set(),
         prompts=read_prompts("--prompts", args.prompts),
         eval_prompts=read_prompts("--eval_prompts", args.eval_prompts) if args.eval_prompts else [],
-        step=0, saved=0,  # how many iterations are done, how many are in a checkpoint
+        step=0, saved=0, pending=None,  # how many iterations are done, how many are in a checkpoint
         consistent=True,  # False while only a part of an iteration's updates is done
         signalled=False, stopped=False,
     )  # fmt: skip
@@ -872,6 +966,7 @@ def prepare_policy(run, part, lora_targets):
 
     args = run.args
     policy = run.models.policy
+    check_weights(args.pretrained_model_name_or_path, [policy, run.models.vae, *run.models.encoders])
     run.part = part
     run.policy_class = type(policy)  # FSDP2 replaces the class
     for network in (policy, run.models.vae, *run.models.encoders):
@@ -981,10 +1076,15 @@ def unshare(values, total, device):
     return everyone(values, device).T.flatten()[:total]
 
 
-def clip_gradients(parameters, max_norm):
-    """Scales the gradients so that their norm over all processes is at most max_norm. Returns the norm before that."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+def clip_gradients(run):
+    """Scales the gradients so that their norm over all processes is at most --max_grad_norm. Returns the norm before
+    that. From here on the weights are those of no whole iteration, until metrics_of says that one is done."""
+    norm = torch.nn.utils.clip_grad_norm_(run.parameters, run.args.max_grad_norm)
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    if not math.isfinite(norm):
+        raise RunError(f"the gradient's norm is {norm}: lower --learning_rate or --max_grad_norm")
+    run.consistent = False
+    return norm
 
 
 def as_in_training(run):

@@ -26,6 +26,7 @@ A reward stops the run if it raises an error, or returns a wrong shape or a valu
 takes its place. Downloads are pinned: a repository by its commit, a pickled file by its sha256 before it is unpickled.
 """
 
+import argparse
 import ast
 import contextlib
 import hashlib
@@ -814,6 +815,24 @@ def load_rewards(names, paths=None, device="cpu", dtype=None, chunk_size=8, file
 
 # ---- THE COMMAND LINE --------------------------------------------------------------------------------------------
 # args has the values of --reward, --reward_weights, --reward_thresholds, --reward_paths and --eval_reward.
+def finite(text):
+    """A type for argparse: a number that float32 can compute with."""
+    value = float(text)
+    if not -1e9 <= value <= 1e9:
+        raise argparse.ArgumentTypeError(f"{text}: must be float, from -1e+09 to 1e+09")
+    return value
+
+
+def add_reward_flags(parser, default):
+    """The flags of every script that are about rewards. default: the rewards of a run that names none."""
+    flag = parser.add_argument
+    flag("--reward", nargs="+", default=default, metavar="NAME", help="hps clip pick aesthetic jpeg vq mq ta F.py:FUNC")
+    flag("--reward_weights", nargs="+", type=finite, metavar="W", help="of each reward's advantage; 1 (Algorithm 1)")
+    flag("--reward_thresholds", nargs="+", type=finite, metavar="T", help="train on 1 above, else 0 (paper: hps 0.28)")
+    flag("--reward_paths", nargs="+", default=[], metavar="NAME=PATH", help="of reward models; replaces the preset's")
+    flag("--eval_reward", nargs="+", default=[], metavar="NAME", help="watched: evaluated, not trained")
+
+
 def watched(args):
     """The rewards that are evaluated and not trained on."""
     return [name for name in args.eval_reward if name not in args.reward]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-# Legend of shapes:  B rows    *L latent dimensions, of any rank    D = their product
+# Legend of shapes:  B samples    *L latent dimensions, of any rank    D = their product
 #                    T sampling steps
 
 
@@ -53,8 +53,9 @@ class SDEStep(NamedTuple):
 #       is zero: the step has moved far enough in the direction that A asks for.
 #       test_surrogate_is_flat_past_the_clip
 #   (5) ∇J = A ∇ℓ  at ρ = 1                                ∇ρ = ρ ∇ℓ, and at 1 no clip is active
-#       So the first update after a rollout is REINFORCE. The advantages of a group sum to zero, and
-#       so does this loss, but its gradient is not zero.
+#       So the first update after a rollout is REINFORCE. Its loss says nothing: the advantages of a
+#       group sum to zero (unless they are clamped or best-of-N selects), and so does -ρ A at ρ = 1.
+#       Its gradient is not zero.
 #       test_surrogate_gradient_is_reinforce
 #   (6) ∂ℓ/∂μ = (x' - μ)/(D std²), E[∂ℓ/∂μ | x] = 0        the mean is 0 because x' - μ = std ξ
 #       A > 0 pulls μ towards the x' that was drawn, A < 0 pushes it away. No gradient may flow
@@ -157,14 +158,16 @@ def require(condition, message):
 #         ∂p/∂τ = -∇·((-v + ½ η² s) p) + ½ η² ∇²p
 #         ∂p/∂τ = ∇·(v p) - ½ η² ∇·(s p) + ½ η² ∇²p
 #       The score is s = ∇log p = ∇p/p. So s p = ∇p and ∇·(s p) = ∇²p: the last two terms cancel,
-#       and (10) is left. The marginals are the same for every η, and η may change with σ.
+#       and (10) is left. The marginals are the same for every η. It may change with σ, since only
+#       derivatives in x were taken; if it changed with x, ∇·(½ η² s p) would have one term more.
 #       test_fokker_planck, test_marginals_of_a_gaussian, test_marginals_of_a_mixture
 #  (12) μ = x + (v - ½ η² s) Δσ, std = η √(-Δσ), Δσ = σ' - σ   Euler-Maruyama on (11)
 #       This is the policy of (1). At η = 0 it is the Euler step of the ODE. A step of finite length
 #       keeps the marginals to first order in Δσ only.
 #       test_step_is_its_formula, test_eta_0_is_diffusers_euler, test_marginals_of_a_gaussian
 #  (13) μ = (1 + η² Δσ/(2 σ)) x + (1 + η² (1-σ)/(2 σ)) Δσ v  (12) with (8) and (9) put in
-#       At η = a √(σ/(1-σ)) this is Flow-GRPO's step. The two samplers differ in η(σ) only.
+#       At η = a √(σ/(1-σ)) this is Flow-GRPO's step. The two samplers differ in η(σ) only
+#       (variants/flow_grpo.md).
 #       test_closed_form, test_identity_with_flow_grpo
 #  (14) μ = (1-σ') x̂0 + k ε̂, k = σ' + η² Δσ/(2 σ)          (12) in x̂0 and ε̂
 #       Put x = (1-σ) x̂0 + σ ε̂, v = ε̂ - x̂0 and (9) into (12). The factors of x̂0 add up to
@@ -173,10 +176,12 @@ def require(condition, message):
 #       By (7), x' should contain noise of variance σ'². A step leaves more; the excess is of order
 #       Δσ². Samples of few steps with a large η look grainy. Decoding the last x̂0, not x', helps.
 #       test_noise_budget, test_few_step_table
-#  (15) μ = (1-σ') x̂0 + σ' cos(½ π η) ε̂, std = σ' sin(½ π η)   form "cps", 0 <= η <= 1
-#       Flow-CPS has no such excess: with k = σ' cos(½ π η), k² + std² = σ'² exactly. But std does
-#       not shrink with the step, so (11) is not the limit, and the marginals change.
-#       test_noise_budget, test_step_is_its_formula, test_cps_changes_the_marginals
+#  (15) Var x' - right = (k² + std² - σ'²) - (1-σ' - k (1-σ)/σ)² V,  V = E Var[x0 | x]
+#       `right` is the variance that (7) has at σ'. The first term is the excess of (14). The second
+#       is lost: (12) puts the mean x̂0 in place of x0, which spreads about it by V. The larger η, the
+#       more weighs the first. With few steps of the ODE only the second is left: samples are too
+#       much alike (data of std 0.3 come out with 0.225 after 16 steps at shift 3).
+#       test_variance_of_a_flow_step
 #  (16) E[A ∇ℓ | x] = A E[∇ℓ | x] = 0                      the last step, where σ' = 0
 #       If the last x̂0 is decoded, and not x', the reward and A do not depend on the last ξ. By (6)
 #       that step's expected gradient is zero: training it only adds variance. T - 1 are trained.
@@ -191,37 +196,13 @@ def flow_sigmas(num_steps, shift):
     return (shift * t / (1 + (shift - 1) * t)).float()  # (T + 1,)
 
 
-def step_etas(sigmas, eta, schedule="constant", window=None):
-    """The strength of the noise of each of the T steps between the T + 1 sigmas.
-
-    schedule  "constant": eta (the paper's); "flow_grpo": eta √(σ/(1-σ)), see (13).
-    window    (start, length): only these steps have noise, all others are exact ODE steps.
-    """
-    sigma = sigmas[:-1]
-    if schedule == "constant":
-        etas = torch.full_like(sigma, eta)
-    elif schedule == "flow_grpo":
-        # At σ = 1 this is infinite. There Flow-GRPO puts the second σ into the denominator.
-        etas = eta * (sigma / (1 - torch.where(sigma == 1, sigmas[1], sigma))).sqrt()  # (13)
-    else:
-        raise ValueError(f"schedule is 'constant' or 'flow_grpo', not {schedule!r}")
-    if window is not None:
-        start, length = window
-        if start < 0 or length < 1 or start + length > len(etas):
-            raise ValueError(f"window {window} does not lie within the {len(etas)} steps")
-        step = torch.arange(len(etas), device=etas.device)
-        etas = torch.where((start <= step) & (step < start + length), etas, 0)
-    return etas  # (T,)
-
-
-def flow_sde_step(velocity, latents, sigma, sigma_next, eta, next_latents=None, generator=None, form="sde"):
+def flow_sde_step(velocity, latents, sigma, sigma_next, eta, next_latents=None, generator=None):
     """One transition of the flow SDE. Samples next_latents, or scores them if they are given.
 
     velocity, latents       (B, *L)
     sigma, sigma_next, eta  numbers, 0-D or (B,) tensors; eta = 0 is the ODE, which has no log_prob
     generator               one, or a list of B, which makes a row independent of its batch
-    form                    "sde": the paper's, (12); "cps": (15)
-    Raises ValueError for wrong shapes, noise levels that do not fall, a bad eta or form.
+    Raises ValueError for wrong shapes, noise levels that do not fall, or a negative eta.
     """
     if velocity.shape != latents.shape:
         raise ValueError(f"velocity {velocity.shape} is not shaped as latents {latents.shape}")
@@ -236,24 +217,17 @@ def flow_sde_step(velocity, latents, sigma, sigma_next, eta, next_latents=None, 
 
     x0 = latents - sigma * velocity  # (8)
     noise_pred = latents + (1 - sigma) * velocity  # (8)
-    if form == "sde":
-        score = -noise_pred / sigma  # (9)
-        dsigma = sigma_next - sigma
-        mean = latents + (velocity - 0.5 * eta**2 * score) * dsigma  # (12)
-        std = eta * (-dsigma).sqrt()  # (12)
-    elif form == "cps":
-        require(eta <= 1, "form 'cps' needs eta <= 1")
-        angle = 0.5 * math.pi * eta
-        mean = (1 - sigma_next) * x0 + sigma_next * angle.cos() * noise_pred  # (15)
-        std = sigma_next * angle.sin()  # (15)
-    else:
-        raise ValueError(f"form is 'sde' or 'cps', not {form!r}")
+    score = -noise_pred / sigma  # (9)
+    dsigma = sigma_next - sigma
+    mean = latents + (velocity - 0.5 * eta**2 * score) * dsigma  # (12)
+    std = eta * (-dsigma).sqrt()  # (12)
     return gaussian_step(mean, std, x0, next_latents, generator)
 
 
 # ---- DIFFUSION ----------------------------------------------------------------------------------
-# If you only need FLUX, stop here. The rest is for Stable Diffusion. While a sample is made, α
-# rises from 0 (noise) to 1 (data). One step goes from alpha_bar to a larger alpha_bar_next.
+# From here on all is for Stable Diffusion: grpo_flux.py and the scripts for videos need no more than
+# (1) to (16). While a sample is made, α rises from 0 (noise) to 1 (data). One step goes from alpha_bar
+# to a larger alpha_bar_next.
 #
 #   here             formula   paper   diffusers               meaning
 #   latents          x         z_t     sample                  a point at alpha_bar
@@ -281,7 +255,8 @@ def flow_sde_step(velocity, latents, sigma, sigma_next, eta, next_latents=None, 
 #       itself, whose variance λ² changes by 2 λ dλ.
 #       test_shared_variable, test_score_is_tweedie
 #  (21) h = η √(2 σ/(1-σ))                                 (11) at strength h is (20) at η
-#       Flow-GRPO's h = a √(σ/(1-σ)) in (13) is a constant η = a/√2 of DDIM.
+#       Flow-GRPO's h = a √(σ/(1-σ)) in (13) is a constant η = a/√2 of DDIM. The paper's constant h
+#       passes DDPM's noise, η = 1, where σ falls below h²/(2 + h²): 0.043 for h = 0.3.
 #       test_shared_variable, test_one_model_two_paradigms
 #
 # The clean latents, from what the network predicts:
@@ -296,8 +271,9 @@ def flow_sde_step(velocity, latents, sigma, sigma_next, eta, next_latents=None, 
 #       density of (17) at the next point.
 #       test_split_and_posterior
 #  (25) std = η σ' √(1 - λ'²/λ²), k = √(σ'² - std²)        eq 16 of the DDIM paper, in λ
-#       η = 0 keeps all of ε. At η = 1, (24) is the posterior q(x'|x, x0) that DDPM samples. At
-#       σ' = 0 nothing is drawn, and the step has no log_prob.
+#       η = 0 keeps all of ε. At η = 1, (24) is the posterior q(x'|x, x0) that DDPM samples. From
+#       pure noise, α = 0, it keeps k = 0: x' forgets x. Such noise is called memoryless. At σ' = 0
+#       nothing is drawn, and the step has no log_prob.
 #       test_split_and_posterior, test_eta_1_is_diffusers_ddpm
 #  (26) μ = α' x̂0 + k ε̂                                    (24) with the means of x0 and ε given x
 #       test_step_is_its_formula, test_ddim_is_diffusers
@@ -360,33 +336,3 @@ def ddim_sde_step(
     kept = sigma_next * (1 - eta**2 * redrawn).sqrt()  # (25)
     mean = alpha_next * x0 + kept * noise_pred  # (26)
     return gaussian_step(mean, std, x0, next_latents, generator)
-
-
-# ---- FEWER, LARGER STEPS OF THE ODE -------------------------------------------------------------
-# A step without noise is not trained, so it may be as large as its error allows. With the clock c,
-# which is σ for the flow and λ for diffusion, all steps above without noise are Euler steps:
-#  (31) z' = z + h u                                       u is v̂ or ε̂, h = c' - c
-#       The local error is of order h², that of the end point of order h.
-#       test_steps_without_noise_are_euler_steps
-# Euler takes u for constant during a step. The step before gave an output, too. A straight line through
-# the two outputs is nearer to the truth:
-#  (32) w = u + (h/g) (u - b)/2                            b is u of the step before, g its h
-#       w is the mean of that line over the step (Adams and Bashforth). With w in place of u the local
-#       error is of order h³, and that of the end point of order h². No further call is needed.
-#       test_second_order_is_exact_on_a_line, test_second_order_converges_as_h_squared
-def second_order(output, previous, step, previous_step):
-    """(32): what to hand to a step of size `step` in place of its network's output. previous: the output one step
-    earlier, (B, *L), at a step of size previous_step."""
-    return output + step / previous_step * (output - previous) / 2
-
-
-# ---- THE DISTANCE TO THE BASE MODEL --------------------------------------------------------------
-# A policy that is paid for a reward alone may leave everything else behind. A KL to the base model
-# holds it back. Both policies take their step from the same x, with the same std.
-#  (33) KL(π ‖ π_ref)/D = mean((μ - μ_ref)²)/(2 std²)      in nats per latent dimension, as ℓ
-#       In E_π[ℓ - ℓ_ref], the log(std) of the two cancel. With x' = μ + std ξ what is left is
-#       E[(std ξ + μ - μ_ref)² - (std ξ)²]/(2 std²). The term with ξ alone in the first power has mean 0.
-#       test_kl_is_torchs, test_kl_gradient_pulls_to_the_reference
-def gaussian_kl(mean, reference_mean, std):
-    """(33): the KL divergence of two policies with the same std; means (B, *L) -> (B,)."""
-    return ((mean - reference_mean) ** 2 / (2 * std**2)).flatten(1).mean(1)
