@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch.distributions import Normal
 
-from sde import flow_sde_step, flow_sigmas, step_etas
+from sde import flow_sde_step, flow_sigmas
 
 WIDTH = 0.2  # s, the standard deviation of each Gaussian
 BETA = 0.6  # β, the strength of the KL penalty
@@ -51,11 +51,10 @@ def velocity(mixture, x, sigma):
 def sample(mixture, num_samples, num_steps, eta, generator):
     """Trajectories from noise to data, (T + 1, n, 1)."""
     sigmas = flow_sigmas(num_steps, shift=1.0)
-    etas = step_etas(sigmas, eta)
     trajectory = [torch.randn(num_samples, 1, generator=generator)]
     for t in range(num_steps):
         output = velocity(mixture, trajectory[t], sigmas[t])
-        step = flow_sde_step(output, trajectory[t], sigmas[t], sigmas[t + 1], etas[t], generator=generator)
+        step = flow_sde_step(output, trajectory[t], sigmas[t], sigmas[t + 1], eta, generator=generator)
         trajectory.append(step.next_latents)
     return torch.stack(trajectory)
 
@@ -64,7 +63,7 @@ def log_probs(mixture, trajectory, eta):
     """log π of every step of the trajectories, (T, n); one call, in which each of the T n steps is a row."""
     latents, next_latents = trajectory[:-1], trajectory[1:]  # (T, n, 1)
     sigmas = flow_sigmas(len(latents), shift=1.0)
-    levels = torch.stack([sigmas[:-1], sigmas[1:], step_etas(sigmas, eta)])  # (3, T)
+    levels = torch.stack([sigmas[:-1], sigmas[1:], torch.full_like(sigmas[1:], eta)])  # (3, T)
     sigma, sigma_next, etas = levels.repeat_interleave(latents.shape[1], 1)  # (T n,) each
     x = latents.flatten(0, 1)
     output = velocity(mixture, x, sigma[:, None])

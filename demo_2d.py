@@ -12,22 +12,22 @@ at eta 0.5.
   other noise         x0 depends on the initial noise, whose density no policy can change. The best that it can do is to
                       tilt x0 for each given noise. So it ends between p and the answer; with less noise, nearer to p
                       (Adjoint Matching, arXiv:2409.08861).
-  KL in the loss      as --kl_beta does. A step pays for its own KL, not for that of the later steps it leads to.
+  KL in the loss      as variants/kl.md does. A step pays for its own KL, not for that of the later steps it leads to.
 """
 
 import torch
 from matplotlib.figure import Figure
 
 from grpo_flux import group_advantages, policy_loss
-from sde import flow_sde_step, flow_sigmas, gaussian_kl, step_etas
+from sde import flow_sde_step, flow_sigmas
 
 MEAN, COVARIANCE = torch.tensor([1.0, 0.0]), torch.tensor([[1.0, 0.4], [0.4, 0.6]])  # m, S
 TARGET, BETA = torch.tensor([0.0, 1.5]), 1.0  # c, β
 SETTINGS = {
-    "memoryless noise": dict(schedule="flow_grpo", eta=2**0.5),
-    "eta 1": dict(schedule="constant", eta=1.0),
-    "eta 0.5": dict(schedule="constant", eta=0.5),
-    "memoryless noise, KL in the loss alone": dict(schedule="flow_grpo", eta=2**0.5, in_reward=False),
+    "memoryless noise": dict(),
+    "eta 1": dict(eta=1.0),
+    "eta 0.5": dict(eta=0.5),
+    "memoryless noise, KL in the loss alone": dict(in_reward=False),
 }
 
 
@@ -46,14 +46,19 @@ def exact_velocity(sigmas):
     return matrices, -MEAN - (1 - s[:, 0]) * (matrices @ MEAN)
 
 
-def learn(seed, schedule, eta, in_reward=True, num_steps=40, group_size=4000, iterations=400):
+def memoryless(sigmas):
+    """eta of each of the T steps: sde.py (21) at η = 1. It is infinite at σ = 1, where the second σ takes its place."""
+    return (2 * sigmas[:-1] / (1 - sigmas[:-1].clamp(max=float(sigmas[1])))).sqrt()
+
+
+def learn(seed, eta=None, in_reward=True, num_steps=40, group_size=4000, iterations=400):
     """{"error of the mean", "error of the covariance"}: what is missing, as a share of the way from p to the answer.
 
     The gradient of a path's KL has two parts. A step changes its own KL: that is in the loss. It also changes the KL of
     later steps, through the states to which it leads: that is in the reward."""
     generator = torch.Generator().manual_seed(seed)
     sigmas = flow_sigmas(num_steps, shift=1.0)
-    etas = step_etas(sigmas, eta, schedule)
+    etas = memoryless(sigmas) if eta is None else torch.full((num_steps,), eta)
     base = exact_velocity(sigmas)
     policy = [tensor.clone().requires_grad_() for tensor in base]
 
@@ -63,7 +68,8 @@ def learn(seed, schedule, eta, in_reward=True, num_steps=40, group_size=4000, it
         return flow_sde_step(velocity, x, sigmas[t], sigmas[t + 1], etas[t], next_x, generator)
 
     def kl(new, t, x):
-        return gaussian_kl(new.mean, step(base, t, x, new.next_latents).mean, new.std)  # a mean over two dimensions
+        """Of two Gaussians with the same std (variants/kl.md), a mean over two dimensions: (n,)."""
+        return ((new.mean - step(base, t, x, new.next_latents).mean) ** 2 / (2 * new.std**2)).mean(1)
 
     optimizer = torch.optim.Adam(policy, lr=0.02)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, iterations)

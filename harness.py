@@ -100,9 +100,23 @@ def make_parser(doc, presets):
     """A parser whose errors are one line, printed once on each machine, with exit status 2."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=formatter, allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, "" if LOCAL_RANK else f"{parser.prog}: error: {one_line(message)}\n")
+
+    def error(message):
+        line = f"{parser.prog}: error: {one_line(message)}{pages_of(message)}\n"
+        parser.exit(2, "" if LOCAL_RANK else line)
+
+    parser.error = error
     parser.add_argument("--preset", choices=presets, default="tiny", help="a set of defaults; other flags override it")
     return parser
+
+
+def pages_of(message):
+    """What adds the unrecognized flags of a message: the pages of variants/ that tell of them."""
+    if not message.startswith("unrecognized arguments"):
+        return ""
+    flags = [f"`{flag}" for flag in re.findall(r"--\w+", message)]
+    pages = [page for page in sorted((HERE / "variants").glob("*.md")) if any(f in page.read_text("utf-8") for f in flags)]
+    return f" (see {', '.join(f'variants/{page.name}' for page in pages)})" if pages else ""
 
 
 def add_run_flags(parser):

@@ -4,15 +4,16 @@
     python reproduce.py NAME ... [--seeds 0 1 2]     runs them, two runs at a time; continues what was stopped
     python reproduce.py --report                     writes docs/reproduce.md from all that was run
 
-An experiment is a table of arms. An arm is a command line of a training script, called as a user would call it. Runs
-are kept in outputs/reproduce/, and experiments with the same command share its run. Another method or another model
-is another run. An experiment leaves docs/reproduce/NAME.json, with its rows, and NAME.png, its curves and pictures.
+An experiment is a table of arms. An arm is a command line of a training script, called as a user would call it. If it
+begins with names of variants/, it is that of the script with their changes. Runs are kept in outputs/reproduce/, and
+experiments with the same command share its run. Another method or another model is another run. An experiment leaves docs/reproduce/NAME.json, with its rows, and NAME.png, its curves and pictures.
 
 A comparison is made seed by seed: with the same seed, two arms have the same prompts. The held-out prompts and their
 noise are the same for all seeds. A difference counts if a paired t-test at 95 % says so.
 """
 
 import argparse
+import ast
 import functools
 import hashlib
 import json
@@ -33,6 +34,7 @@ import numpy
 import torch
 
 import demo_2d
+from variants.apply import change
 
 ROOT = Path(__file__).resolve().parent
 RUNS = ROOT / "outputs/reproduce"
@@ -83,7 +85,7 @@ def write_prompt_files():
 
 
 def experiments():
-    ddpo = "--advantage global --no-init_same_noise"
+    own_noise = "--no-init_same_noise"
     few = "--prompts_per_step 3 --train_batch_size 48"
     no_kl = "--kl_beta 1e-9"  # as good as none, and the KL is measured
     equal_time = "eval/hps at equal time"
@@ -91,16 +93,16 @@ def experiments():
         "ddpo": Experiment(
             "GRPO scales to many prompts, where DDPO's objective does not (paper, section 1 and Fig 5). DDPO's "
             "objective here: mean and spread over all samples, each with its own noise",
-            {f"{name}, {size}": f"{HPS} {prompt_files(size)} {more}" for size in (1, 8, 64, 96)
-             for name, more in (("GRPO", ""), ("DDPO", ddpo))},
+            {f"{name}, {size}": f"{variant}{HPS} {prompt_files(size)} {more}" for size in (1, 8, 64, 96)
+             for name, variant, more in (("GRPO", "", ""), ("DDPO", "ddpo ", own_noise))},
             [(PAPER, f"GRPO, {size}", f"DDPO, {size}", "rise of eval/hps") for size in (1, 8, 64, 96)],
         ),
         "timesteps": Experiment(
             "The first transitions matter most for each that is trained, and yet they alone teach less than all "
             "(paper, Fig 4b, of HunyuanVideo)",
-            {"first 4 of 11": f"{FULL} --timesteps first --timestep_fraction 0.3",
+            {"first 4 of 11": f"timesteps {FULL} --timesteps first --timestep_fraction 0.3",
              "random 4": f"{FULL} --timestep_fraction 0.3",
-             "last 5": f"{FULL} --timesteps last --timestep_fraction 0.4",
+             "last 5": f"timesteps {FULL} --timesteps last --timestep_fraction 0.4",
              "random 7": f"{FULL} --timestep_fraction 0.6",
              "all 11": f"{FULL} --timestep_fraction 1"},
             [(PAPER, "first 4 of 11", "last 5", "eval/hps"), (PAPER, "first 4 of 11", "random 4", "eval/hps"),
@@ -176,7 +178,7 @@ def experiments():
         ),
         "kl": Experiment(
             "A KL to the base model makes little difference (paper, section 2)",
-            {"hps": f"{HPS} {no_kl}", "hps, KL 0.1": f"{HPS} --kl_beta 0.1", "hps, KL 1": f"{HPS} --kl_beta 1"},
+            {"hps": f"kl {HPS} {no_kl}", "hps, KL 0.1": f"kl {HPS} --kl_beta 0.1", "hps, KL 1": f"kl {HPS} --kl_beta 1"},
             [(OURS, "hps", "hps, KL 0.1", "eval/hps"), (OURS, "hps, KL 1", "hps", "eval/correct"),
              (OURS, "hps", "hps, KL 1", "kl")],
             ["eval/hps", *JUDGE, "kl"],
@@ -184,10 +186,10 @@ def experiments():
         "hacking": Experiment(
             "The size of the JPEG file is a reward that pays for blank pictures. Does a KL, or a second reward, keep "
             "the captions?",
-            {"jpeg": f"{FLUX} --reward jpeg {no_kl}", "jpeg, KL 0.1": f"{FLUX} --reward jpeg --kl_beta 0.1",
-             "jpeg, KL 1": f"{FLUX} --reward jpeg --kl_beta 1", "jpeg, KL 3": f"{FLUX} --reward jpeg --kl_beta 3",
-             "jpeg and clip": f"{FLUX} --reward jpeg clip {no_kl}",
-             "jpeg and 4 clip": f"{FLUX} --reward jpeg clip --reward_weights 0.25 1 {no_kl}"},
+            {"jpeg": f"kl {FLUX} --reward jpeg {no_kl}", "jpeg, KL 0.1": f"kl {FLUX} --reward jpeg --kl_beta 0.1",
+             "jpeg, KL 1": f"kl {FLUX} --reward jpeg --kl_beta 1", "jpeg, KL 3": f"kl {FLUX} --reward jpeg --kl_beta 3",
+             "jpeg and clip": f"kl {FLUX} --reward jpeg clip {no_kl}",
+             "jpeg and 4 clip": f"kl {FLUX} --reward jpeg clip --reward_weights 0.25 1 {no_kl}"},
             [(OURS, "before", "jpeg", "eval/correct")]
             + [(OURS, arm, "before", key) for arm in ("jpeg", "jpeg, KL 1", "jpeg, KL 3", "jpeg and clip",
                                                       "jpeg and 4 clip") for key in ("eval/jpeg", "eval/correct")],
@@ -195,7 +197,7 @@ def experiments():
         ),
         "guidance": Experiment(
             "With classifier-free guidance, training the conditional half alone diverges (paper, appendix C)",
-            {"both halves": SD, "the conditional half": f"{SD} --no-train_unconditional",
+            {"both halves": SD, "the conditional half": f"conditional_half {SD}",
              "no guidance": f"{SD} --guidance_scale 1"},
             [(PAPER, "both halves", "the conditional half", "rise of eval/hps"),
              (OURS, "both halves", "no guidance", "rise of eval/hps")],
@@ -211,11 +213,21 @@ def experiments():
             "Noise in a short window learns more in the same time than noise in all steps (MixGRPO, arXiv:2507.21802)",
             {"window of 3": HPS, "all steps": f"{FULL} --timestep_fraction 0.6",
              "all steps, twice the rate": f"{FULL} --timestep_fraction 0.6 --learning_rate 2e-4",
-             "all steps, Flow-GRPO's": f"{FULL} --timestep_fraction 0.6 --learning_rate 2e-4 --eta 0.7 "
-                                       "--eta_schedule flow_grpo"},
+             "all steps, Flow-GRPO's": f"flow_grpo {FULL} --timestep_fraction 0.6 --learning_rate 2e-4 --eta 0.7"},
             [("MixGRPO", "window of 3", arm, equal_time)
              for arm in ("all steps", "all steps, twice the rate", "all steps, Flow-GRPO's")],
             axis="seconds",
+        ),
+        "flash": Experiment(
+            "A shared prefix and a tail of the second order save time, and cost nothing (MixGRPO-Flash, arXiv:2507.21802)",
+            {"default": HPS, "flash": f"flash {HPS}"},
+            [("MixGRPO", "flash", "default", equal_time), (OURS, "default", "flash", "eval/hps")],
+            axis="seconds",
+        ),
+        "cps": Experiment(
+            "A step without excess noise learns faster (Flow-CPS, arXiv:2509.05952)",
+            {"SDE, eta 1": HPS, "CPS, eta 0.5": f"cps {HPS} --eta 0.5", "CPS, eta 0.8": f"cps {HPS} --eta 0.8"},
+            [("Flow-CPS", "CPS, eta 0.5", "SDE, eta 1", "eval/hps"), ("Flow-CPS", "CPS, eta 0.8", "SDE, eta 1", "eval/hps")],
         ),
         "best_at_inference": Experiment(
             "Is the trained model still better when the best of n pictures is kept?",
@@ -237,19 +249,32 @@ def read(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def split(command):
+    """A command line -> its variants, its script, its flags."""
+    words = shlex.split(command)
+    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    return words[:script], words[script], words[script + 1 :]
+
+
+def text_of(variants, script):
+    return change((ROOT / script).read_text("utf-8"), variants, script)
+
+
 @functools.cache
-def state_of_the_method(script):
-    """A digest of what decides a run besides its flags: the method's code and the models."""
-    digest = hashlib.sha256()
-    files = [ROOT / name for name in (script, "sde.py", "rewards.py", "tiny/world.py")]
-    for file in sorted(files) + sorted((ROOT / "tiny").glob("[!.]*/**/*.safetensors")):
+def state_of_the_method(text):
+    """A digest of what decides a run of a script with this text besides its flags: the method's code, without comments,
+    and the models."""
+    texts = [text, *((ROOT / name).read_text("utf-8") for name in ("sde.py", "rewards.py", "tiny/world.py"))]
+    digest = hashlib.sha256("".join(ast.unparse(ast.parse(text)) for text in texts).encode())
+    for file in sorted((ROOT / "tiny").glob("[!.]*/**/*.safetensors")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
 def folder_of(command, seed):
-    state = state_of_the_method(command.split()[0])
-    return RUNS / f"{hashlib.sha256((command + state).encode()).hexdigest()[:12]}-{seed}"
+    variants, script, flags = split(command)
+    key = shlex.join([script, *flags]) + state_of_the_method(text_of(variants, script))
+    return RUNS / f"{hashlib.sha256(key.encode()).hexdigest()[:12]}-{seed}"
 
 
 def run(command, seed):
@@ -257,11 +282,14 @@ def run(command, seed):
     folder = folder_of(command, seed)
     if (folder / "seconds.txt").exists():
         return
-    flags = shlex.split(command)
+    variants, script, flags = split(command)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / script).write_text(text_of(variants, script))  # a run keeps the script that made it
     resume = ["--resume_from_checkpoint", "latest"] if (folder / "args.json").exists() else []
-    words = [sys.executable, *flags, "--seed", str(seed), "--output_dir", str(folder), *resume]
+    words = [sys.executable, str(folder / script), *flags, "--seed", str(seed), "--output_dir", str(folder), *resume]
     # One thread each: two runs side by side do more than one run on two threads.
-    done = subprocess.run(words, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    surroundings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=ROOT, env=surroundings, capture_output=True, text=True)
     steps = int(flags[flags.index("--max_train_steps") + 1])
     if done.returncode or read(folder)[-1]["step"] != steps or not (folder / f"checkpoints/step_{steps:06d}").exists():
         raise SystemExit(f"not finished: {shlex.join(words)}\n{done.stderr[-2000:]}")
@@ -367,7 +395,7 @@ def figures_of(folder, experiment):
     before, after = ({name: line[name] for name in experiment.figures if name in line}
                      for line in (evaluated[0], evaluated[-1]))  # fmt: skip
     for name in experiment.extra:
-        base = RUNS / f"{name}-{state_of_the_method('grpo_flux.py')[:12]}.json"
+        base = RUNS / f"{name}-{state_of_the_method(text_of([], 'grpo_flux.py'))[:12]}.json"
         for figures, source, file in ((after, folder, folder / f"{name}.json"), (before, None, base)):
             if not file.exists():
                 file.write_text(json.dumps(EXTRA[name](source)))

@@ -54,8 +54,7 @@ def seconds(function):
 
 
 def bare_iteration(run):
-    """The calls of one iteration and nothing else, on prepared inputs of the same shapes. The steps before the window
-    are left out: they are those of one row for each prompt."""
+    """The calls of one iteration and nothing else, on prepared inputs of the same shapes."""
     args, models = run.args, run.models
     batch = harness.prompts_of_step(run.prompts, 0, args.prompts_per_step, 0)
     prompts = [prompt for prompt in batch for _ in range(args.num_generations)]
@@ -63,17 +62,18 @@ def bare_iteration(run):
     latents = grpo_flux.init_latents(models, args, [harness.seeded(i) for i in range(len(prompts))])
     inputs = []
     for rows in torch.arange(len(prompts)).split(args.train_batch_size):
-        inputs.append((latents[rows], grpo_flux.take(cond, rows, run.device), [prompts[i] for i in rows]))
-    trained = args.sde_window
+        batch_cond = harness.stack([cond[i] for i in rows], run.device)
+        inputs.append((latents[rows], batch_cond, [prompts[i] for i in rows]))
+    steps = len(grpo_flux.plan(args, 0)[1])
 
     def calls():
         with torch.no_grad():
             for x, cond, prompts in inputs:
-                for _ in range(args.sde_window + args.tail_steps):
+                for _ in range(steps):
                     grpo_flux.predict(models.policy, args, x, 0.5, cond)
                 run.rewards(grpo_flux.decode(models, args, x), prompts)
         for x, cond, _ in inputs:
-            for _ in range(trained):
+            for _ in range(args.sde_window):
                 grpo_flux.predict(models.policy, args, x, 0.5, cond).mean().backward()
 
     return calls
@@ -155,7 +155,7 @@ def print_profile(rounds, folder):
 def print_trl(rounds, folder, python):
     reward = Path(folder, "brightness.py")
     reward.write_text("def brightness(images, prompts):\n    return images.mean((1, 2, 3))\n")
-    flags = "--sde_window 0 --tail_steps 0 --train_last_transition".split()
+    flags = "--sde_window 0 --tail_steps 0".split()
     run = make_run(f"{folder}/ours", "--reward", f"{reward}:brightness", *flags, script=grpo_sd14)
     environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     command = [python, Path(__file__).with_name("bench_trl.py")]

@@ -118,7 +118,7 @@ def check(case, tiny, folder):
     size = min(args.train_batch_size, args.num_generations)
     latents = module.init_latents(models, args, [harness.seeded(i) for i in range(size)])
     said = harness.conditions(run, run.prompts[:1])
-    cond = {k: v.expand(size, *v.shape[1:]).to(device) for k, v in said.items()}
+    cond = harness.stack(said * size, device)
     level = module.schedule(args).tolist()[1]
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         module.predict(models.policy, args, latents, level, cond)

@@ -39,13 +39,14 @@ def seen_in(script, args, weights=None):
         models.policy.load_state_dict(type(models.policy).from_pretrained(weights).state_dict())
     run = Namespace(args=args, models=models, device=models.device)
     prompts = [p for p in harness.read_prompts("--eval_prompts", args.eval_prompts) for _ in range(args.eval_samples)]
+    levels = script.schedule(args).tolist()
     judge = load_rewards(JUDGES, {}, models.device)
     seen, shown = {}, {}
     for rows in torch.arange(len(prompts)).split(args.train_batch_size):
         batch_prompts = [prompts[i] for i in rows]
         latents = script.init_latents(models, args, [harness.seeded("eval", int(i)) for i in rows])
         cond = script.encode_prompts(models, args, batch_prompts)
-        videos = script.sample_ode(run, latents, cond)[1]
+        videos = script.rollout(run, latents, cond, levels, [0.0] * args.num_inference_steps)[2]
         shown |= {prompt: video for prompt, video in zip(batch_prompts, videos) if prompt not in shown}
         part = judge(videos, batch_prompts)
         if script is grpo_skyreel_i2v:

@@ -301,7 +301,7 @@ def test_paper_is_table_6(preset):
         learning_rate=1e-5, max_grad_norm=1.0, prompts_per_step=32, num_generations=12, num_updates=4, clip_range=1e-4,
         eta=0.3, num_inference_steps=25, timestep_fraction=0.6, init_same_noise=True, sde_window=0, rank=0,
         mixed_precision="bf16", height=720, width=720, shift=3.0, best_of_n=0, adv_clip_max=5.0, adam_weight_decay=1e-4,
-        train_last_transition=False, decode_x0=True, pretrained_model_name_or_path="black-forest-labs/FLUX.1-dev",
+        decode_x0=True, pretrained_model_name_or_path="black-forest-labs/FLUX.1-dev",
     )  # fmt: skip
     assert {name: getattr(args, name) for name in table} == table
 
@@ -377,7 +377,6 @@ def test_every_value_of_a_preset_gives_way_to_a_flag(name, preset, monkeypatch):
         "--rank 1 --lora_alpha 1",
         "--num_inference_steps 6 --sde_window 5 --sde_window_range 0 0",
         "--num_inference_steps 6 --sde_window 2 --sde_window_range 3 3",
-        "--num_inference_steps 1 --train_last_transition --sde_window 1 --sde_window_range 0 0",
         "--num_inference_steps 2 --sde_window 0 --sde_window_range 0 0",
         "--height 16",
         "--width 32",
@@ -409,7 +408,7 @@ def test_a_continuation_may_differ_in_nothing_else(folder, capsys, monkeypatch):
 def test_the_range_of_a_window_that_is_off_does_not_matter(folder):
     g.parse_args("--sde_window 0 --num_inference_steps 4".split())  # the preset's range, which nobody asked for
     args = g.parse_args("--sde_window 0 --sde_window_range 5 2".split())
-    assert g.etas_of_iteration(args, 0) == [1.0] * 12
+    assert g.plan(args, 0)[1] == [1.0] * 12
 
 
 def test_prompts_may_hold_a_byte_order_mark_and_any_separator(tmp_path):

@@ -25,65 +25,11 @@ from safetensors.torch import load_file
 
 import grpo_flux as g
 import harness
+import small
+from small import REWARDS, WINDOW, advantages_by_hand, argv, close, flat, kept_by_hand, length, loss_gradient, same
+from small import TIMES, surrogate_by_hand
 
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
-
-# Calls are counted: FAULT strikes in call number FAULT_AT. A digit is a signal that the process sends to itself.
-REWARDS = """
-import os
-import torch
-
-calls = 0
-
-
-def redness(images):
-    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
-
-
-def red(images, prompts):
-    global calls
-    calls += 1
-    fault = os.environ.get("FAULT") if os.environ.get("FAULT_AT") == str(calls) else None
-    if fault == "raise":
-        raise ValueError("out of paint")
-    if fault and fault.isdigit():
-        os.kill(os.getpid(), int(fault))
-    return redness(images) * (float("nan") if fault == "nan" else 1)
-
-
-def cyan(images, prompts):
-    return -redness(images)
-
-
-def dark(images, prompts):
-    return -images.mean((1, 2, 3))
-
-
-counted = 0
-
-
-def number(images, prompts):
-    '''0 to 7 for the rows of an iteration, in whatever micro-batches they come.'''
-    global counted
-    counted += len(images)
-    return torch.arange(counted - len(images), counted) % 8
-
-
-def constant(images, prompts):
-    return torch.full((len(images),), 0.1)
-"""
-
-# Each figure that matters to a test is given here, so that no preset can change what is proved.
-SMALL = dict(
-    seed=0, reward="red", eval_reward="dark", eval_samples=1, validation_steps=100, guidance_scale=3.5, eta=0.7,
-    shift=3, num_inference_steps=4, sde_window=0, sde_window_range=(0, 0), timestep_fraction=1,
-    prompts_per_step=2, num_generations=4, num_updates=1, train_batch_size=8, clip_range=1e-2, adv_clip_max=100,
-    max_grad_norm=1e9, learning_rate=1e-3, adam_weight_decay=1e-2, checkpointing_steps=100, checkpoints_total_limit=100,
-    max_train_steps=2,
-)  # fmt: skip
-WINDOW = dict(sde_window=2, sde_window_range=(1, 1))
-TIMES = {"time_s", "samples_per_s"}
-
 
 # ---- RUNS, AND WHAT HAPPENS INSIDE THEM --------------------------------------------------------------------------
 @pytest.fixture(scope="module")
@@ -103,17 +49,6 @@ def on_cpu(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
-def argv(files, output_dir, **changes):
-    flags = SMALL | {"eval_prompts": files / "heldout.txt", "output_dir": output_dir} | changes
-    words = []
-    for name, value in flags.items():
-        values = value if isinstance(value, (tuple, list)) else [value]
-        if name in ("reward", "eval_reward"):
-            values = [f"{files}/rewards.py:{v}" for v in values]
-        words += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", *map(str, values)]
-    return words
-
-
 @pytest.fixture
 def build(files, tmp_path):
     """build(**flags) -> a run, as main() would make it."""
@@ -121,57 +56,10 @@ def build(files, tmp_path):
     return lambda **flags: g.make_run(g.parse_args(argv(files, tmp_path / f"run{next(counter)}", **flags)))
 
 
-def flat(tensors):
-    return torch.cat([t.detach().flatten().clone() for t in tensors])
-
-
 @pytest.fixture
 def watch(monkeypatch):
-    """watch(run) -> a log that fills while the run trains. frozen: the optimizer leaves the weights as they are."""
-    sample_policy, policy_step = g.sample_policy, g.policy_step
-
-    def start(run, frozen=False):
-        log = SimpleNamespace(trajectories=[], samples=[], drawn=[], scored=[], gradients=[], weights=[])
-        log.scores, log.prompts = [], []
-        reward, optimizer_step = run.rewards, run.optimizer.step
-
-        def watched_sample(run, latents, cond, etas, generators):
-            trajectory, log_probs, samples = sample_policy(run, latents, cond, etas, generators)
-            first = next(t for t, eta in enumerate(etas) if eta)
-            before = torch.full((len(latents), first, *latents.shape[1:]), math.nan)
-            log.trajectories.append(torch.cat([before, trajectory], 1))  # the point of step t at t
-            log.samples.append(samples)
-            return trajectory, log_probs, samples
-
-        def watched_step(args, output, latents, level, next_level, eta, next_latents=None, generator=None):
-            step = policy_step(args, output, latents, level, next_level, eta, next_latents, generator)
-            if next_latents is None:
-                log.drawn.append((level, (step.next_latents - step.mean) / step.std))
-            elif torch.is_grad_enabled():  # best_of_n scores once more without gradients
-                log.scored.append((level, eta, latents))
-            return step
-
-        def watched_reward(images, prompts):  # a micro-batch at a time: put together, they are an iteration's
-            part = reward(images, prompts)
-            if len(log.prompts) % (run.args.prompts_per_step * run.args.num_generations) == 0:
-                log.scores.append({name: score[:0] for name, score in part.items()})
-                log.prompts = []
-            log.scores[-1] = {name: torch.cat([log.scores[-1][name], score]) for name, score in part.items()}
-            log.prompts += prompts
-            return part
-
-        def watched_optimizer():
-            log.gradients.append(flat(p.grad for p in run.parameters))
-            if not frozen:
-                optimizer_step()
-            log.weights.append(flat(run.parameters))
-
-        monkeypatch.setattr(g, "sample_policy", watched_sample)
-        monkeypatch.setattr(g, "policy_step", watched_step)
-        run.rewards, run.optimizer.step = watched_reward, watched_optimizer
-        return log
-
-    return start
+    """watch(run) -> a log of what happens inside it."""
+    return lambda run, frozen=False: small.watch(monkeypatch, g, run, frozen)
 
 
 def lines_of(folder):
@@ -193,27 +81,6 @@ def state_of(folder, step, kind=""):
 
 def checkpoints_of(folder):
     return sorted(path.name for path in (Path(folder) / "checkpoints").glob("*"))
-
-
-def same(a, b):
-    """Bitwise, through dicts and lists."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def close(a, b, tolerance=1e-4):
-    """Relative to the length of the vector: the entries of a gradient differ by many orders of magnitude."""
-    return length(a - b) / length(b) < tolerance
-
-
-def length(vector):
-    """In float64: the plain float32 sum over millions of squares is off in the fourth digit."""
-    return float(vector.double().norm())
 
 
 # ---- ADVANTAGES --------------------------------------------------------------------------------------------------
@@ -322,16 +189,6 @@ def test_a_flat_reward_leaves_the_others_their_say():
     assert flat_groups == 0, "only a group that says nothing at all is counted"
 
 
-def kept_by_hand(advantages, size, keep):
-    """The rows with fewer than keep/2 others below them, or above them, in their group; no ties."""
-    a = advantages.tolist()
-    groups = [range(start, start + size) for start in range(0, len(a), size)]
-    return [
-        i for group in groups for i in group
-        if sum(a[j] < a[i] for j in group) < keep // 2 or sum(a[j] > a[i] for j in group) < keep // 2
-    ]  # fmt: skip
-
-
 @quick
 @given(shapes, st.integers(1, 4))
 def test_best_and_worst_are_those_of_each_group(shape, half):
@@ -386,68 +243,8 @@ def test_gradient_is_minus_ratio_times_advantage_and_0_where_clipped(log_ratio, 
     assert float(log_prob.grad) == pytest.approx(0 if clipped else -math.exp(log_ratio) * advantage)
 
 
-def advantages_by_hand(args, scores):
-    """Algorithm 1, line 8, with Python's numbers; and the rows to train."""
-    G, total = args.num_generations, None
-    scores = {name: list(score) for name, score in scores.items()}
-    if args.advantage == "global":
-        G = sum(len(score) for score in scores.values()) // len(scores)
-    weights = args.reward_weights or [1] * len(scores)
-    thresholds = args.reward_thresholds or [None] * len(scores)
-    for weight, threshold, score in zip(weights, thresholds, scores.values(), strict=True):
-        values = [float(s) if threshold is None else float(s > threshold) for s in score]
-        column = []
-        for start in range(0, len(values), G):
-            group = values[start : start + G]
-            mean = sum(group) / G
-            std = math.sqrt(sum((v - mean) ** 2 for v in group) / (G - 1))
-            column += [weight * (v - mean) / std if std else 0.0 for v in group]
-        total = [a + b for a, b in zip(total or [0] * len(values), column)]
-    rows = kept_by_hand(torch.tensor(total), G, args.best_of_n) if args.best_of_n else list(range(len(total)))
-    clamped = [min(max(a, -args.adv_clip_max), args.adv_clip_max) for a in total]
-    return torch.tensor(clamped), torch.tensor(rows)
-
-
-def surrogate_by_hand(run, log, rows, steps, advantages, policy, old_policy):
-    """The mean clipped objective of `rows` in one batch, from the network up; and each row's ratio and objective."""
-    args, c = run.args, run.args.clip_range
-    time = [1 - i / args.num_inference_steps for i in range(args.num_inference_steps + 1)]
-    sigmas = [args.shift * t / (1 + (args.shift - 1) * t) for t in time]
-    trajectory = torch.cat(log.trajectories)[rows]
-    prompts = [log.prompts[i] for i in rows]
-    with torch.no_grad():
-        length = run.models.pipe.tokenizer_2.model_max_length
-        tokens, pooled, text_ids = run.models.pipe.encode_prompt(prompts, None, max_sequence_length=length)
-    ids = torch.tensor([[0, y, x] for y in range(4) for x in range(4)], dtype=torch.float32)  # 64 pixels, 16 a patch
-    ratios, objectives = [], []
-    for t in steps:
-        x, x_next, s, d = trajectory[:, t], trajectory[:, t + 1], sigmas[t], sigmas[t + 1] - sigmas[t]
-
-        def log_prob(network):
-            velocity = network(
-                hidden_states=x, timestep=torch.full((len(x),), s), guidance=torch.full((len(x),), args.guidance_scale),
-                encoder_hidden_states=tokens, pooled_projections=pooled, txt_ids=text_ids, img_ids=ids,
-            ).sample  # fmt: skip
-            k = args.eta**2 * d / (2 * s)
-            mean = (1 + k) * x + (d + k * (1 - s)) * velocity  # sde.py (13)
-            normal = torch.distributions.Normal(mean, args.eta * math.sqrt(-d))
-            return normal.log_prob(x_next).mean((1, 2))
-
-        with torch.no_grad():
-            old = log_prob(old_policy)
-        ratios.append((log_prob(policy) - old).exp())
-        objectives.append(torch.min(ratios[-1] * advantages[rows], ratios[-1].clamp(1 - c, 1 + c) * advantages[rows]))
-    return torch.stack(ratios), torch.stack(objectives)
-
-
-def loss_gradient(objectives, policy):
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    return flat(torch.autograd.grad(-objectives.mean(), trained))
-
-
 CASES = {
     "every step but the last": (dict(), [0, 1, 2]),
-    "also the last step": (dict(train_last_transition=True), [0, 1, 2, 3]),
     "a window": (WINDOW, [1, 2]),
     "two updates": (WINDOW | dict(num_updates=2), [1, 2]),
     "uneven micro-batches": (WINDOW | dict(train_batch_size=3), [1, 2]),
@@ -461,9 +258,6 @@ CASES = {
     "other guidance and shift": (WINDOW | dict(guidance_scale=1.5, shift=1.7), [1, 2]),
     "gradient checkpointing": (WINDOW | dict(gradient_checkpointing=True), [1, 2]),
     "LoRA": (WINDOW | dict(rank=4, lora_alpha=12), [1, 2]),
-    "the first transitions": (dict(timesteps="first", timestep_fraction=0.6), [0, 1]),
-    "the last transitions": (dict(timesteps="last", timestep_fraction=0.6), [1, 2]),
-    "mean and std of all samples": (WINDOW | dict(advantage="global", reward="number"), [1, 2]),
 }  # fmt: skip
 
 
@@ -489,51 +283,6 @@ def moved(run):
     for i, parameter in enumerate(run.parameters):
         noise = torch.randn(parameter.shape, generator=harness.seeded("moved", i))
         parameter.data.add_(0.1 * parameter.abs().mean().clamp_min(0.3 if run.args.rank else 0.01) * noise)
-
-
-@pytest.mark.parametrize("flags", [dict(), dict(rank=4, lora_alpha=8), dict(num_updates=2, best_of_n=2)])
-def test_gradient_of_the_kl_is_that_of_torch_distributions(flags, build, watch):
-    """The reward is flat, so nothing but the KL moves the policy. The base model is loaded anew."""
-    run = build(**WINDOW, reward="constant", kl_beta=0.3, **flags)
-    moved(run)
-    log = watch(run, frozen=True)
-    metrics = g.train_step(run, 0)
-    base = FluxTransformer2DModel.from_pretrained(run.args.pretrained_model_name_or_path, subfolder="transformer")
-    base = base.float()
-    rows = torch.tensor([0, 3, 4, 7]) if run.args.best_of_n else torch.arange(8)  # of equals, the first and the last
-    kls, parts = [], rows.chunk(run.args.num_updates)
-    for part, gradient in zip(parts, log.gradients, strict=True):
-        normals = {policy: policies(run, log, part, (1, 2), policy) for policy in (run.models.policy, base)}
-        pairs = zip(*normals.values())
-        kl = torch.stack([torch.distributions.kl_divergence(p, q).mean((1, 2)) for p, q in pairs]).mean()
-        assert close(gradient, flat(torch.autograd.grad(0.3 * kl, run.parameters)), 1e-3)
-        kls.append(float(kl.detach()))
-    assert metrics["kl"] == pytest.approx(sum(kls) / len(kls), rel=1e-4) and metrics["kl"] > 1e-4
-    assert metrics["loss"] == pytest.approx(0.3 * metrics["kl"], rel=1e-4)
-    assert torch.equal(flat(run.parameters), log.weights[-1])  # the base model was there for a moment only
-
-
-def policies(run, log, rows, steps, network):
-    """The Gaussians of these steps, from the trajectories that were drawn: sde.py (12)."""
-    sigmas, trajectory = g.schedule(run.args).tolist(), torch.cat(log.trajectories)[rows]
-    cond = harness.conditions(run, [log.prompts[i] for i in rows])
-    normals = []
-    for t in steps:
-        velocity = g.predict(network, run.args, trajectory[:, t].contiguous(), sigmas[t], cond)
-        x, x_next = trajectory[:, t], trajectory[:, t + 1]
-        step = g.policy_step(run.args, velocity, x, *sigmas[t : t + 2], run.args.eta, x_next)
-        normals.append(torch.distributions.Normal(step.mean, step.std))
-    return normals
-
-
-def test_the_kl_is_0_at_first_and_holds_the_policy_near_the_base_model(build):
-    drift = {}
-    for beta in (1e-9, 10.0):
-        run = build(**WINDOW, kl_beta=beta, learning_rate=1e-4)
-        metrics = [g.train_step(run, step) for step in range(6)]
-        assert metrics[0]["kl"] == 0.0
-        drift[beta] = metrics[-1]["kl"]
-    assert 0 < drift[10.0] < drift[1e-9] / 2
 
 
 def test_second_update_is_clipped_against_the_policy_of_the_rollout(build, watch):
@@ -657,23 +406,51 @@ def test_the_window_starts_everywhere_in_its_range_and_nowhere_else(files, tmp_p
     args = g.parse_args(argv(files, tmp_path, **flags))
     starts = []
     for step in range(60):
-        etas = g.etas_of_iteration(args, step)
-        assert len(etas) == 9 and etas == g.etas_of_iteration(args, step)
+        levels, etas = g.plan(args, step)
+        assert levels == g.schedule(args).tolist() and (levels, etas) == g.plan(args, step)
         noisy = [t for t, eta in enumerate(etas) if eta > 0]
-        assert noisy == list(range(noisy[0], noisy[0] + 3))
-        assert all(etas[t] == pytest.approx(0.7) for t in noisy)
+        assert len(etas) == 9 and noisy == list(range(noisy[0], noisy[0] + 3))
+        assert {etas[t] for t in noisy} == {0.7}
         starts.append(noisy[0])
     assert set(starts) == {1, 2, 3, 4}
     args.seed = 1
-    assert starts != [next(t for t, eta in enumerate(g.etas_of_iteration(args, step)) if eta) for step in range(60)]
+    assert starts != [next(t for t, eta in enumerate(g.plan(args, step)[1]) if eta) for step in range(60)]
 
 
 def test_without_a_window_every_step_has_noise(files, tmp_path):
-    args = g.parse_args(argv(files, tmp_path, sde_window=0, eta=0.7))
-    assert g.etas_of_iteration(args, 0) == pytest.approx([0.7] * 4)
-    args.eta_schedule = "flow_grpo"
-    etas = g.etas_of_iteration(args, 0)
-    assert len(set(etas)) > 1 and min(etas) > 0
+    for tail_steps in (0, 2):  # nothing comes after steps that all have noise
+        args = g.parse_args(argv(files, tmp_path, sde_window=0, eta=0.7, tail_steps=tail_steps))
+        assert g.plan(args, 0) == (g.schedule(args).tolist(), [0.7] * 4)
+
+
+@pytest.mark.parametrize("tail_steps, tail", [(0, [5, 6, 7, 8]), (2, [5, 6, 8]), (1, [5, 8]), (3, [5, 6, 7, 8])])
+def test_the_tail_has_as_many_steps_as_asked_for_evenly_chosen(tail_steps, tail, files, tmp_path):
+    flags = dict(num_inference_steps=8, sde_window=2, sde_window_range=(3, 3), tail_steps=tail_steps)
+    args = g.parse_args(argv(files, tmp_path, **flags))
+    schedule = g.schedule(args).tolist()
+    levels, etas = g.plan(args, 0)
+    assert levels == [schedule[t] for t in [0, 1, 2, 3, 4, *tail]]
+    assert etas == [0.0] * 3 + [0.7] * 2 + [0.0] * (len(tail) - 1)
+    args.tail_steps = 9
+    assert g.plan(args, 0)[0] == schedule
+
+
+def test_a_rollout_goes_where_the_plan_says_and_decodes_the_last_x0(build, watch):
+    """A tail of fewer steps, against the network called by hand: training scores what the whole plan ends in."""
+    run = build(num_inference_steps=8, sde_window=2, sde_window_range=(3, 3), tail_steps=2)
+    log = watch(run, frozen=True)
+    g.train_step(run, 0)
+    args, (levels, etas) = run.args, g.plan(run.args, 0)
+    trajectory = log.trajectories[0]
+    assert trajectory.shape[:2] == (8, 8)
+    cond = harness.stack(harness.conditions(run, log.prompts), "cpu")
+    with torch.no_grad():
+        for t in (0, 1, 2, 5, 6):  # of the ODE
+            velocity = g.predict(run.models.policy, args, trajectory[:, t].contiguous(), levels[t], cond)
+            expected = trajectory[:, t] + (levels[t + 1] - levels[t]) * velocity
+            torch.testing.assert_close(trajectory[:, t + 1], expected, rtol=1e-5, atol=1e-5)
+        expected = g.decode(run.models, args, trajectory[:, 6] - levels[6] * velocity)  # of step 6, the last one
+    torch.testing.assert_close(log.samples[0], expected, rtol=0, atol=1e-5)
 
 
 def test_noise_belongs_to_its_row_and_iteration_whatever_the_micro_batch(build, watch):
@@ -685,7 +462,7 @@ def test_noise_belongs_to_its_row_and_iteration_whatever_the_micro_batch(build, 
         g.train_step(run, 0), g.train_step(run, 1)
         trajectory = torch.cat(log.trajectories)
         init = trajectory[[0, 4, 8, 12], 0]  # one of each group
-        noise = [xi for _, xi in log.drawn if xi.isfinite().all()]
+        noise = [xi for _, eta, xi in log.drawn if eta > 0]
         assert sum(map(len, noise)) == 2 * 8 * 2  # iterations x rows x noisy steps
         noise = torch.cat(noise)  # by iteration, step and row; row by row its steps come first
         if size == 1:
@@ -736,7 +513,7 @@ def decoded_with_last_noise(run, seed, monkeypatch):
     cond = g.encode_prompts(run.models, run.args, run.prompts[:2])
     with monkeypatch.context() as patch:
         patch.setattr(g, "policy_step", other_last_noise)
-        return g.sample_policy(run, latents, cond, [0.7] * 4, [harness.seeded(2), harness.seeded(3)])
+        return g.rollout(run, latents, cond, *g.plan(run.args, 0), [harness.seeded(2), harness.seeded(3)])
 
 
 @pytest.mark.parametrize("decode_x0", [True, False])
@@ -748,19 +525,15 @@ def test_the_last_noise_reaches_the_sample_only_without_decode_x0(decode_x0, bui
     assert torch.equal(samples, others) == decode_x0
 
 
-LAST_4 = range(2, 6)
-
-
 @pytest.mark.parametrize(
     "flags, count, trainable",
     [
         (dict(timestep_fraction=1), 5, range(5)),
-        (dict(timestep_fraction=1, train_last_transition=True), 6, range(6)),
         (dict(timestep_fraction=0.6), 3, range(5)),
         (dict(timestep_fraction=0.61), 4, range(5)),
         (dict(timestep_fraction=0.1), 1, range(5)),
         (dict(timestep_fraction=0.5, sde_window=3, sde_window_range=(2, 2)), 2, range(2, 5)),
-        (dict(timestep_fraction=0.5, sde_window=4, sde_window_range=(2, 2), train_last_transition=True), 2, LAST_4),
+        (dict(timestep_fraction=0.5, sde_window=2, sde_window_range=(1, 1), tail_steps=1), 1, range(1, 3)),
         (dict(timestep_fraction=0.5, best_of_n=2), 3, range(5)),
     ],
 )
@@ -784,9 +557,19 @@ def test_trained_are_a_share_of_the_transitions_with_noise_that_matters(flags, c
         assert [levels.index(level) for level, _, _ in log.scored] != trained  # and in each iteration
     assert metrics["ratio_transitions"] == rows * count
     assert math.isfinite(metrics["loss"])
-    g.print_header(run)
+    harness.print_header(run, count, 1024, 10.24)
     header = capsys.readouterr().out
     assert f"transitions  {rows * count} trained: {count} of the 6 steps of a sample" in header
+    assert "2 prompts x 4 = 8 samples; trained: " + str(rows) in header
+    assert "D = 1,024 dimensions: 10 nats" in header
+
+
+def test_a_share_of_transitions_is_rounded_up_and_not_by_a_rounding_of_floats(files, tmp_path):
+    args = g.parse_args(argv(files, tmp_path, num_inference_steps=26, timestep_fraction=0.28))
+    assert 0.28 * 25 > 7
+    assert len(g.choose_transitions(args, [0.3] * 26, 0)) == 7
+    args.timestep_fraction = 0.29
+    assert len(g.choose_transitions(args, [0.3] * 26, 0)) == 8
 
 
 # ---- ENCODED PROMPTS, AND WHAT IS IDLE ---------------------------------------------------------------------------
@@ -799,6 +582,7 @@ def test_a_prompt_is_encoded_once_alone_and_kept_with_the_run(build, monkeypatch
     assert asked == [[words[0]], [words[1]]], "each of them once"
     again = harness.conditions(run, words[::-1])
     assert len(asked) == 2 and len(list((run.folder / "conditions").iterdir())) == 2
+    first, again = harness.stack(first, "cpu"), harness.stack(again, "cpu")
     for k, wanted in encode(words).items():
         torch.testing.assert_close(first[k], wanted)
         assert first[k].device.type == "cpu" and torch.equal(again[k], first[k].flip(0))
@@ -857,12 +641,12 @@ def test_the_old_policy_asks_for_gradients_where_that_can_change_a_kernel(device
 def test_a_rollout_with_gradients_is_the_same_and_keeps_no_graph(build, monkeypatch):
     run = build(**WINDOW)
     args, models = run.args, run.models
-    cond = {k: v.repeat(3, *[1] * (v.ndim - 1)) for k, v in harness.conditions(run, ["a red circle on white"]).items()}
+    cond = harness.stack(harness.conditions(run, ["a red circle on white"] * 3), "cpu")
 
     def roll():
         latents = g.init_latents(models, args, [harness.seeded("x", i) for i in range(3)])
         noise = [harness.seeded("n", i) for i in range(3)]
-        return g.sample_policy(run, latents, cond, g.etas_of_iteration(args, 0), noise)
+        return g.rollout(run, latents, cond, *g.plan(args, 0), noise)
 
     without = roll()
     monkeypatch.setattr(harness, "as_in_training", lambda run: torch.enable_grad())
@@ -879,7 +663,8 @@ RATIO += [
     dict(num_updates=2, train_batch_size=5), dict(num_updates=3, train_batch_size=24, best_of_n=6),
     dict(init_same_noise=False, train_batch_size=12), dict(rank=4, lora_alpha=8, train_batch_size=5),
     dict(rank=4, lora_alpha=8, train_batch_size=5, mixed_precision="bf16", gradient_checkpointing=True),
-    dict(gradient_checkpointing=True, train_batch_size=12), dict(eta_schedule="flow_grpo", train_batch_size=12),
+    dict(gradient_checkpointing=True, train_batch_size=12),
+    dict(num_inference_steps=8, tail_steps=2, train_batch_size=12),
 ]  # fmt: skip
 
 
@@ -1281,7 +1066,8 @@ def test_without_noise_a_rollout_is_the_call_of_the_pipeline(flags, build):
     latents = g.init_latents(run.models, args, [harness.seeded(i) for i in range(3)])
     prompts, steps = run.eval_prompts[:3], args.num_inference_steps
     cond = g.encode_prompts(run.models, args, prompts)
-    trajectory, samples = g.sample_ode(run, latents, cond)
+    levels = g.schedule(args).tolist()
+    trajectory, log_probs, samples = g.rollout(run, latents, cond, levels, [0.0] * steps)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, shift=args.shift)
     pipe.set_progress_bar_config(disable=True)
     expected = pipe(
@@ -1290,7 +1076,6 @@ def test_without_noise_a_rollout_is_the_call_of_the_pipeline(flags, build):
     ).images  # fmt: skip
     torch.testing.assert_close(samples, expected, rtol=0, atol=1e-4)
     assert expected.std() > 0.01 and trajectory.shape == (3, steps + 1, args.height // 4, 64)
-    log_probs = g.rollout(run, latents, cond, g.schedule(args).tolist(), [0.0] * steps)[1]
     assert log_probs.shape == (3, steps) and log_probs.isnan().all()  # no noise, no density
 
 
@@ -1364,64 +1149,3 @@ def test_ten_iterations_move_held_out_ode_samples_the_way_the_reward_asks(reward
     rise = {name: after[f"eval/{name}"] - before[f"eval/{name}"] for name in ("red", "cyan")}
     assert rise[reward] > 0.03
     assert rise["red"] == pytest.approx(-rise["cyan"], abs=1e-5)
-
-
-# ---- WORK THAT NEED NOT BE DONE ----------------------------------------------------------------------------------
-SAVING = dict(num_inference_steps=8, sde_window=2, sde_window_range=(3, 3), num_generations=4, eta=0.7)
-
-
-def rows_of_calls(run, monkeypatch):
-    """The rows of each call of the network, by level."""
-    calls, predict = {}, g.predict
-
-    def counted(policy, args, latents, level, cond):
-        calls.setdefault(round(level, 6), []).append(len(latents))
-        return predict(policy, args, latents, level, cond)
-
-    monkeypatch.setattr(g, "predict", counted)
-    return calls
-
-
-@pytest.mark.parametrize("tail_steps, tail", [(0, [5, 6, 7]), (2, [5, 7]), (1, [5]), (3, [5, 6, 7]), (9, [5, 6, 7])])
-def test_before_the_window_a_group_is_one_row_and_after_it_the_steps_are_few(tail_steps, tail, build, monkeypatch):
-    run = build(**SAVING, tail_steps=tail_steps)
-    second = []
-    second_order = g.second_order
-    monkeypatch.setattr(g, "second_order", lambda *words: second.append(1) or second_order(*words))
-    levels = [round(level, 6) for level in g.schedule(run.args).tolist()]
-    calls = rows_of_calls(run, monkeypatch)
-    assert g.train_step(run, 0)["ratio_max_dev"] == 0
-    wanted = {t: [2] for t in (0, 1, 2)} | {t: [8, 8] for t in (3, 4)} | {t: [8] for t in tail}
-    assert calls == {levels[t]: rows for t, rows in wanted.items()}
-    assert len(second) == (len(tail) - 1 if tail_steps else 0)  # the first step of a tail knows no step before it
-
-
-def test_without_a_shared_noise_each_row_has_its_own_prefix(build, monkeypatch, watch):
-    run = build(**SAVING, init_same_noise=False)
-    log, calls = watch(run, frozen=True), rows_of_calls(run, monkeypatch)
-    g.train_step(run, 0)
-    assert calls[1.0] == [8]
-    starts = torch.cat(log.trajectories)[:, 3]
-    assert len({tuple(start.flatten()[:4].tolist()) for start in starts}) == 8
-
-
-def test_the_window_starts_where_the_ode_of_its_group_arrives(build, watch):
-    run = build(**SAVING)
-    log = watch(run, frozen=True)
-    g.train_step(run, 0)
-    noise = g.init_latents(run.models, run.args, [harness.seeded(0, "init", 0, group) for group in (0, 1)])
-    ode, _ = g.sample_ode(run, noise, g.encode_prompts(run.models, run.args, log.prompts[::4]))
-    torch.testing.assert_close(torch.cat(log.trajectories)[:, 3], ode[:, 3].repeat_interleave(4, 0), rtol=0, atol=1e-4)
-
-
-def test_a_coarse_tail_ends_nearer_to_the_fine_one_than_euler_steps_of_its_size(build):
-    """On the trained tiny model: 3 steps of the second order in place of 12, against 3 of the first order."""
-    run = build(num_inference_steps=24, sde_window=0)
-    latents = g.init_latents(run.models, run.args, [harness.seeded(i) for i in range(4)])
-    cond = g.encode_prompts(run.models, run.args, run.prompts[:4])
-    levels = g.schedule(run.args)
-    start = g.rollout(run, latents, cond, levels[:13].tolist(), [0.0] * 12)[0][:, -1]
-    fine = g.rollout(run, start, cond, levels[12:].tolist(), [0.0] * 12)[2]
-    coarse = levels[12:][[0, 4, 8, 12]].tolist()
-    first, second = [g.rollout(run, start, cond, coarse, [0.0] * 3, order=order)[2] for order in (1, 2)]
-    assert length(second - fine) < 0.8 * length(first - fine)

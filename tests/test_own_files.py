@@ -348,16 +348,16 @@ def test_a_damaged_file_of_a_checkpoint_is_recognised_and_the_one_before_offered
 def test_a_damaged_condition_is_encoded_anew(damage, files, capsys):
     args = g.parse_args([*FEW, "--output_dir", "run", "--prompts", "prompts.txt", "--reward", "own.py:bright"])
     run = g.make_run(args)
-    before = harness.conditions(run, run.prompts[:1])
+    before = harness.conditions(run, run.prompts[:1])[0]
     (file,) = Path("run/conditions").iterdir()
     DAMAGE[damage](file)
-    after = harness.conditions(run, run.prompts[:1])
+    after = harness.conditions(run, run.prompts[:1])[0]
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert ("is damaged" in capsys.readouterr().out) == (damage != "deleted")
     data = bytearray(file.read_bytes())
     data[-1] ^= 1  # a value, which no format checks
     file.write_bytes(data)
-    after = harness.conditions(run, run.prompts[:1])
+    after = harness.conditions(run, run.prompts[:1])[0]
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 

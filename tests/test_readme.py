@@ -15,6 +15,8 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 
+import harness
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ["README.md", "RESULTS.md", "docs/real_weights.md", "docs/faq.md", "docs/paper_map.md"]
 FLAGS_OF_OTHERS = {"--reward_rate", "--shutdown-timeout", "--gradient_accumulation_steps"}  # of bench.py, of torchrun, of the authors
@@ -148,7 +150,7 @@ def written_keys(function):
             keys += node.keys
         if isinstance(node, ast.DictComp):
             keys.append(node.key)
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).startswith("metrics["):
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).startswith("figures["):
             keys.append(node.targets[0].slice)
     names = set()
     for key in keys:
@@ -163,7 +165,7 @@ def test_the_table_of_metrics_is_what_a_run_writes():
     first_column = " ".join(cells[0] for cells in table("docs/faq.md", "key in metrics.jsonl"))
     script = importlib.import_module(SCRIPTS[0])
     documented = set(re.findall(r"`(.+?)`", first_column))
-    functions = (script.train_step, script.metrics_of, script.evaluate)
+    functions = (script.train_step, harness.metrics_of, harness.figures_of)
     kept = {key for function in functions for key in written_keys(function)}
     assert documented == kept - {"ratio"}  # of each transition; the metrics hold its mean
 

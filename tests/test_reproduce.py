@@ -1,9 +1,7 @@
 """reproduce.py: the scripts accept its command lines; its rule for a difference; what it writes. And demo_2d.py."""
 
-import importlib
 import itertools
 import json
-import shlex
 import signal
 import statistics
 import subprocess
@@ -16,6 +14,7 @@ import demo_2d
 import pytest
 import reproduce
 import torch
+from test_variants import variant_of
 
 import grpo_flux
 
@@ -27,8 +26,8 @@ COMMANDS = sorted({c for e in EXPERIMENTS.values() for c in e.arms.values() if i
 def test_each_command_is_accepted_by_its_script_and_logs_its_figures(command, monkeypatch):
     monkeypatch.chdir(reproduce.ROOT)
     reproduce.write_prompt_files()
-    script, *flags = shlex.split(command)
-    args = importlib.import_module(script.removesuffix(".py")).parse_args(flags)
+    variants, script, flags = reproduce.split(command)
+    args = variant_of(script.removesuffix(".py"), *variants).parse_args(flags)
     # The last iteration has to be a checkpoint: pictures() loads it.
     assert args.max_train_steps % args.checkpointing_steps == 0
     logged = {f"eval/{Path(name.replace(':', '/')).name}" for name in args.reward + args.eval_reward}

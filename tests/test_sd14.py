@@ -90,11 +90,10 @@ def test_the_unconditional_prompt_is_the_empty_one(untrained):
     assert not torch.allclose(cond["prompt_embeds"][0], empty[0], atol=1e-2)
 
 
-@pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("scale", [1.0, 1.5, 5.0])
 @torch.no_grad()
-def test_guidance_is_its_formula_at_every_timestep(scale, trained, untrained):
-    run = with_flags(untrained, guidance_scale=scale, train_unconditional=trained, num_inference_steps=7)
+def test_guidance_is_its_formula_at_every_timestep(scale, untrained):
+    run = with_flags(untrained, guidance_scale=scale, num_inference_steps=7)
     latents, cond, timesteps = state(run)
     levels = sd.schedule(run.args).tolist()
     for level, timestep in zip(levels[:-1], timesteps, strict=True):
@@ -119,26 +118,14 @@ def guided_gradient(run, probe, latents, cond):
     return gradient(run, (guided * probe).sum())
 
 
-def test_the_unconditional_prediction_is_trained_unless_told_otherwise(untrained):
-    """Guided g = u + w (c - u): the gradient is (1 - w) du + w dc, and w dc where u counts as a constant."""
+def test_both_halves_of_the_guidance_are_trained(untrained):
+    """Guided g = u + w (c - u): the gradient is (1 - w) du + w dc."""
     latents, cond, timesteps = state(untrained)
     probe = torch.randn(latents.shape, generator=sd.seeded("probe"))
     du, dc = (gradient(untrained, (part * probe).sum()) for part in separate(untrained, latents, timesteps[1], cond))
     assert du.norm() > 0.1 * dc.norm()
     both = guided_gradient(untrained, probe, latents, cond)
-    one = guided_gradient(with_flags(untrained, train_unconditional=False), probe, latents, cond)
     assert (both - (-4 * du + 5 * dc)).norm() < 1e-3 * both.norm()
-    assert (one - 5 * dc).norm() < 1e-3 * one.norm()
-
-
-def test_bf16_does_not_lose_the_gradient_of_the_conditional_prediction(untrained):
-    """autocast keeps the weights it has cast. Those that are cast under no_grad for the unconditional prediction must
-    not serve the conditional one."""
-    run = with_flags(untrained, mixed_precision="bf16", train_unconditional=False)
-    latents, cond, timesteps = state(run)
-    probe = torch.randn(latents.shape, generator=sd.seeded("probe"))
-    expected = gradient(run, 5 * (separate(run, latents, timesteps[1], cond)[1] * probe).sum())
-    assert (guided_gradient(run, probe, latents, cond) - expected).norm() < 0.1 * expected.norm()
 
 
 # ---- THE RATIO AND THE UPDATE ------------------------------------------------------------------------------------
@@ -146,14 +133,12 @@ RATIO = [
     dict(train_batch_size=1),
     dict(train_batch_size=3),
     dict(train_batch_size=3, guidance_scale=1),
-    dict(train_batch_size=1, train_unconditional=False),
-    dict(train_batch_size=3, train_unconditional=False),
     dict(train_batch_size=3, mixed_precision="bf16"),
-    dict(train_batch_size=3, mixed_precision="bf16", train_unconditional=False, gradient_checkpointing=True),
+    dict(train_batch_size=3, mixed_precision="bf16", gradient_checkpointing=True),
     dict(train_batch_size=3, mixed_precision="bf16", rank=4, lora_alpha=8, gradient_checkpointing=True),
     dict(train_batch_size=3, best_of_n=2),
     dict(train_batch_size=3, num_updates=2),
-    dict(train_last_transition=True, decode_x0=True),
+    dict(decode_x0=True),
     dict(eta=1, sde_window=2, sde_window_range=(0, 0)),
 ]
 
@@ -200,7 +185,8 @@ def test_without_noise_a_rollout_is_the_call_of_the_pipeline(flags, untrained, m
     run = with_flags(untrained, **flags)
     args, pipe = run.args, run.models.pipe
     latents, cond, _ = state(run)
-    trajectory, samples = sd.sample_ode(run, latents, cond)
+    levels = sd.schedule(args).tolist()
+    trajectory, _, samples = sd.rollout(run, latents, cond, levels, [0.0] * args.num_inference_steps)
     monkeypatch.setattr(pipe, "scheduler", DDIMScheduler.from_config(pipe.scheduler.config))
     pipe.set_progress_bar_config(disable=True)
     call = dict(prompt=PROMPTS, latents=latents, num_inference_steps=args.num_inference_steps,
@@ -215,7 +201,8 @@ def test_with_noise_a_step_is_that_of_diffusers(untrained):
     """The noise of our own draw, given to DDIMScheduler.step."""
     run = untrained
     latents, cond, timesteps = state(run)
-    trajectory = sd.sample_policy(run, latents, cond, [0.7] * 3, [sd.seeded("noise", i) for i in range(3)])[0]
+    levels = sd.schedule(run.args).tolist()
+    trajectory = sd.rollout(run, latents, cond, levels, [0.7] * 3, [sd.seeded("noise", i) for i in range(3)])[0]
     ddim = DDIMScheduler.from_config(run.models.pipe.scheduler.config)
     ddim.set_timesteps(3)
     sources = [sd.seeded("noise", i) for i in range(3)]
@@ -259,11 +246,9 @@ def models(tmp_path, monkeypatch):
         ("--num_inference_steps 1000", "below 1000"),
         ("--num_inference_steps 12 --model trailing", "trailing, 83 apart"),  # 1000/12 = 83.3: 83 and 84
         ("--model velocity", "epsilon"),
-        ("--train_last_transition --model to_one", "no noise"),
         (f"--model {TINY}/flux", "StableDiffusionPipeline"),
         ("--height 60", "multiple of 8"),
         ("--shift 3", "unrecognized"),
-        ("--eta_schedule flow_grpo", "unrecognized"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(command, accepted, models, capsys):
@@ -295,8 +280,8 @@ def test_the_schedule_is_that_of_diffusers_for_any_number_of_steps(model, models
 # script's 1. The script makes two updates, draws 16 samples a prompt and trains all steps.
 SHARED = dict(
     learning_rate=1e-5, max_grad_norm=1.0, prompts_per_step=32, clip_range=1e-4, eta=1.0, num_inference_steps=50,
-    guidance_scale=5.0, train_unconditional=True, init_same_noise=True, sde_window=0, rank=0, mixed_precision="bf16",
-    height=512, width=512, best_of_n=0, adv_clip_max=5.0, adam_weight_decay=1e-4, train_last_transition=False,
+    guidance_scale=5.0, init_same_noise=True, sde_window=0, rank=0, mixed_precision="bf16",
+    height=512, width=512, best_of_n=0, adv_clip_max=5.0, adam_weight_decay=1e-4,
     decode_x0=False, max_train_steps=300, train_batch_size=4, checkpointing_steps=50, ema_decay=0.0,
     pretrained_model_name_or_path="CompVis/stable-diffusion-v1-4",
 )  # fmt: skip

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sde
-from sde import ddim_sde_step, flow_sde_step, flow_sigmas, gaussian_kl, joint_nats, standard_normal, step_etas
+from sde import ddim_sde_step, flow_sde_step, flow_sigmas, joint_nats, standard_normal
 
 SHAPES = [(3, 6, 4), (3, 4, 5, 5), (3, 2, 3, 4, 4)]  # packed, image, video
 SOURCE = Path(sde.__file__).read_text()
@@ -127,19 +127,19 @@ def test_every_formula_names_its_tests():
 
 
 # ---- ALL KINDS OF STEPS ------------------------------------------------------------------------------------------
-KINDS = ["sde", "cps", "epsilon", "v_prediction"]
+KINDS = ["sde", "epsilon", "v_prediction"]
 
 
 def take_step(kind, output, latents, point, next_latents=None, generator=None):
     """A step of any kind from a point = (level, next level, eta) of `points`."""
-    if kind in ("sde", "cps"):
-        return flow_sde_step(output, latents, *point, next_latents, generator, form=kind)
+    if kind == "sde":
+        return flow_sde_step(output, latents, *point, next_latents, generator)
     return ddim_sde_step(output, latents, *point, next_latents, generator, prediction_type=kind)
 
 
 def point_of(kind, first, ratio, eta):
     """sigma, sigma_next, eta of the flow; alpha_bar, alpha_bar_next, eta on the circle α = cos, σ = sin."""
-    if kind in ("sde", "cps"):
+    if kind == "sde":
         return first, first * ratio, eta
     return math.cos(1.5 * first) ** 2, math.cos(1.5 * first * ratio) ** 2, eta
 
@@ -207,11 +207,6 @@ def by_the_comments(kind, output, latents, point):
     if kind == "sde":
         mean, std = sp.lambdify((X, V, SIGMA, SIGMA1, ETA), [MEAN_12, STD_12], "numpy")(latents, output, *point)
         return mean, std
-    if kind == "cps":
-        x0 = sp.lambdify((X, V, SIGMA), formula(8, "x̂0"), "numpy")(latents, output, level)
-        noise = sp.lambdify((X, V, SIGMA), formula(8, "ε̂"), "numpy")(latents, output, level)
-        step = [formula(15, "μ"), formula(15, "std")]
-        return sp.lambdify((X0, EPS, SIGMA1, ETA), step, "numpy")(x0, noise, next_level, eta)
     alpha, sigma = math.sqrt(level), math.sqrt(1 - level)
     if kind == "epsilon":
         x0, noise = (
@@ -228,7 +223,7 @@ def by_the_comments(kind, output, latents, point):
 @many
 @given(kinds, places, seeds)
 def test_step_is_its_formula(kind, place, seed):
-    """(12) (15) (26): the code against the formulas of the comments, evaluated in float64."""
+    """(12) (26): the code against the formulas of the comments, evaluated in float64."""
     output, latents, _ = random_step((2, 3, 4), seed, torch.float64)
     point = point_of(kind, *place)
     step = take_step(kind, output, latents, point)
@@ -305,8 +300,7 @@ def test_tensors_of_an_accelerator_are_never_read(kind, monkeypatch):
     output, latents, target = random_step((2, 3, 4))
     level, next_level, eta = point_of(kind, 0.5, 0.8, 0.3)
     assert take_step(kind, output, latents, (level, next_level, -eta), target).log_prob.isnan().all()
-    if kind != "cps":  # its noise does not know how long the step is
-        assert take_step(kind, output, latents, (next_level, level, eta), target).log_prob.isnan().all()
+    assert take_step(kind, output, latents, (next_level, level, eta), target).log_prob.isnan().all()
 
 
 BAD_CALLS = [  # kind, point, what the error says
@@ -314,14 +308,13 @@ BAD_CALLS = [  # kind, point, what the error says
     ("sde", (0.5, -0.1, 0.3), "sigma falls"), ("sde", (1.1, 0.5, 0.3), "sigma falls"),
     ("sde", (torch.tensor([0.5, 0.4]), 0.45, 0.3), "sigma falls"), ("sde", (0.5, 0.4, -0.3), "eta"),
     ("sde", (0.5, 0.4, math.nan), "eta"), ("sde", (0.5, 0.4, torch.tensor([0.3, -0.3])), "eta"),
-    ("cps", (0.5, 0.4, 1.5), "eta <= 1"), ("ode", (0.5, 0.4, 0.3), "'ode'"),
     ("epsilon", (0.5, 0.5, 0.3), "alpha_bar rises"), ("epsilon", (0.6, 0.5, 0.3), "alpha_bar rises"),
     ("epsilon", (-0.1, 0.5, 0.3), "alpha_bar rises"), ("epsilon", (0.5, 1.1, 0.3), "alpha_bar rises"),
     ("epsilon", (math.nan, 0.5, 0.3), "alpha_bar rises"), ("epsilon", (0.0, 0.5, 0.3), "alpha_bar > 0"),
     ("epsilon", (torch.tensor([0.5, 0.7]), 0.6, 0.3), "alpha_bar rises"), ("epsilon", (0.5, 0.6, -0.3), "eta"),
     ("epsilon", (0.5, 0.6, 1.01), "eta"), ("epsilon", (0.5, 0.6, torch.tensor([0.3, 1.3])), "eta"),
 ]  # fmt: skip
-UNSCORED = [("sde", (0.5, 0.4, 0)), ("sde", (0.5, 0.4, torch.tensor([0.3, 0.0]))), ("cps", (0.5, 0.0, 0.5))]
+UNSCORED = [("sde", (0.5, 0.4, 0)), ("sde", (0.5, 0.4, torch.tensor([0.3, 0.0])))]
 UNSCORED += [
     ("epsilon", (0.5, 0.6, 0)),
     ("epsilon", (0.5, 0.6, torch.tensor([0.3, 0.0]))),
@@ -333,10 +326,7 @@ def test_bad_calls_raise():
     output, latents, target = random_step((2, 3, 4))
     for kind, point, message in BAD_CALLS:
         with pytest.raises(ValueError, match=message):
-            if kind == "ode":
-                flow_sde_step(output, latents, *point, form=kind)
-            else:
-                take_step(kind, output, latents, point)
+            take_step(kind, output, latents, point)
     for kind, point in UNSCORED:
         with pytest.raises(ValueError, match="without noise"):
             take_step(kind, output, latents, point, target)
@@ -350,8 +340,6 @@ def test_bad_calls_raise():
             take_step(kind, output, latents, point, generator=[torch.Generator()] * 3)
     with pytest.raises(ValueError, match="'sample'"):
         ddim_sde_step(output, latents, 0.5, 0.6, 0.3, prediction_type="sample")
-    with pytest.raises(ValueError, match="schedule"):
-        step_etas(flow_sigmas(4, 1.0), 0.3, "linear")
     for num_steps, shift in [(0, 1.0), (4, 0.0)]:
         with pytest.raises(ValueError, match="num_steps"):
             flow_sigmas(num_steps, shift)
@@ -444,27 +432,6 @@ def test_surrogate_gradient_is_reinforce():
     torch.testing.assert_close(by_autograd, by_reinforce, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(by_differences, by_reinforce, rtol=1e-6, atol=1e-8)
     assert value.item() == pytest.approx(0, abs=1e-15)  # advantages sum to 0; the gradient does not
-
-
-def test_kl_is_torchs():
-    """(33) the mean over the latent dimensions of torch's KL of two normals."""
-    generator = torch.Generator().manual_seed(0)
-    mean, other = torch.randn(2, 5, 3, 4, 4, generator=generator, dtype=torch.float64)
-    for std in (torch.tensor(0.3).double(), torch.rand(5, 1, 1, 1, generator=generator).double() + 0.1):
-        wide = std.expand_as(mean)
-        normals = torch.distributions.Normal(mean, wide), torch.distributions.Normal(other, wide)
-        wanted = torch.distributions.kl_divergence(*normals).mean((1, 2, 3))
-        assert torch.allclose(gaussian_kl(mean, other, std), wanted)
-
-
-def test_kl_gradient_pulls_to_the_reference():
-    """(33) a step down the gradient shortens the way to the reference; there it is zero."""
-    mean, reference = torch.randn(2, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    mean.requires_grad_(True)
-    (gradient,) = torch.autograd.grad(gaussian_kl(mean, reference, torch.tensor(0.5)).sum(), mean)
-    assert torch.allclose(gradient, (mean - reference).detach() / (6 * 0.25))
-    (gradient,) = torch.autograd.grad(gaussian_kl(mean, mean.detach(), torch.tensor(0.5)).sum(), mean)
-    assert not gradient.any()
 
 
 def test_log_prob_gradient():
@@ -577,16 +544,12 @@ def test_closed_form():
 
 
 def test_noise_budget():
-    """(14) (15): both in x0 and ε; the SDE's excess of noise over σ'², and none for CPS."""
+    """(14): in x0 and ε; the excess of noise over σ'²."""
     mean = formula(14, "μ").subs(K, formula(14, "k")).subs(DSIGMA, SIGMA1 - SIGMA)
     unhatted = mean.subs({X0: formula(8, "x̂0"), EPS: formula(8, "ε̂")})
     assert zero(unhatted - MEAN_12)
     kept = sp.expand(mean).coeff(EPS)
     assert zero(kept**2 + STD_12**2 - formula(14, "k² + std²").subs(DSIGMA, SIGMA1 - SIGMA))
-
-    mean, std = formula(15, "μ"), formula(15, "std")
-    assert zero(sp.expand(mean).coeff(EPS) ** 2 + std**2 - SIGMA1**2)
-    assert zero(mean.coeff(X0) - formula(14, "μ").coeff(X0))
 
 
 @many
@@ -612,15 +575,15 @@ def moved(law, means, std):
     return bias + (end - bias) * law[0], (end - bias) ** 2 * law[1] + std**2
 
 
-def final_law(sigmas, etas, m, s, form="sde"):
+def final_law(sigmas, etas, m, s):
     """(mean, variance) of the last latents and of the last x0, without sampling.
 
     With the exact velocity of Gaussian data a step is affine in x: two calls of flow_sde_step give its line.
     """
     law = (0.0, 1.0)  # at sigma = 1
-    for (sigma, sigma_next), eta in zip(pairwise(sigmas.tolist()), etas.tolist()):
+    for (sigma, sigma_next), eta in zip(pairwise(sigmas.tolist()), etas, strict=True):
         velocity, _ = gaussian_velocity(POINTS, sigma, m, s)
-        step = flow_sde_step(velocity, POINTS, sigma, sigma_next, eta, form=form)
+        step = flow_sde_step(velocity, POINTS, sigma, sigma_next, eta)
         x0_law = moved(law, step.x0, 0)
         law = moved(law, step.mean, step.std.item())
     return law, x0_law
@@ -633,7 +596,7 @@ def test_marginals_of_a_gaussian(eta, shift):
     errors = []
     for num_steps in (200, 400, 800):
         sigmas = flow_sigmas(num_steps, shift).double()
-        (mean, var), _ = final_law(sigmas, step_etas(sigmas, eta), m, s)
+        (mean, var), _ = final_law(sigmas, [eta] * num_steps, m, s)
         errors.append((abs(mean - m), abs(var - s**2)))
     assert max(errors[-1]) < 0.01
     for error, half in pairwise(errors):
@@ -685,12 +648,9 @@ def test_few_step_table(num_steps):
     """(14): with few steps a large eta leaves noise in the latents, and less of it in the last x0."""
     sigmas = flow_sigmas(num_steps, 3.0).double()
     for eta, expected in FEW_STEPS[num_steps].items():
-        laws = final_law(sigmas, step_etas(sigmas, eta), 0.0, 0.3)
+        laws = final_law(sigmas, [eta] * num_steps, 0.0, 0.3)
         for (_, var), std in zip(laws, expected):
             assert math.sqrt(var) == pytest.approx(std, abs=5.1e-4)
-    if num_steps == 16:
-        laws = final_law(sigmas, step_etas(sigmas, 0.7, "flow_grpo"), 0.0, 0.3)
-        assert [math.sqrt(var) for _, var in laws] == pytest.approx([0.260, 0.254], abs=5.1e-4)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 7.0])
@@ -709,18 +669,6 @@ def test_eta_0_is_diffusers_euler(num_steps, shift):
         assert torch.equal(latents, expected)
         assert torch.equal(latents, step.mean)
     torch.testing.assert_close(latents, step.x0)  # at σ' = 0 the Euler step lands on x0
-
-
-@pytest.mark.parametrize(("s", "std"), [(0.3, 0.237), (1.0, 0.80)])
-def test_cps_changes_the_marginals(s, std):
-    """(15): even with 400 steps it leaves another std than that of the data, s. At eta = 0 it is the ODE."""
-    sigmas = flow_sigmas(400, 3.0).double()
-    (_, var), _ = final_law(sigmas, step_etas(sigmas, 0.8), 0.0, s, form="cps")
-    assert math.sqrt(var) == pytest.approx(std, abs=5e-3)
-    velocity, latents, _ = random_step((2, 3, 4), dtype=torch.float64)
-    plain = flow_sde_step(velocity, latents, 0.7, 0.5, 0.0, form="cps")
-    ode = flow_sde_step(velocity, latents, 0.7, 0.5, 0.0)
-    torch.testing.assert_close(plain.next_latents, ode.next_latents)
 
 
 # ---- SCHEDULES ---------------------------------------------------------------------------------------------------
@@ -743,30 +691,6 @@ def test_flow_sigmas_are_those_of_diffusers(num_steps, shift):
     dynamic = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)  # as in the pipeline of FLUX
     dynamic.set_timesteps(sigmas=start, mu=math.log(shift))
     torch.testing.assert_close(flow_sigmas(num_steps, shift), dynamic.sigmas, rtol=1e-6, atol=0)
-
-
-def test_etas_of_the_schedules():
-    sigmas = flow_sigmas(8, 3.0)
-    assert torch.equal(step_etas(sigmas, 0.3), torch.full((8,), 0.3))
-    etas = step_etas(sigmas, 0.7, "flow_grpo")
-    for step, sigma in enumerate(sigmas[:-1].tolist()):
-        below = 1 - (sigma if step else sigmas[1].item())
-        assert etas[step].item() == pytest.approx(0.7 * math.sqrt(sigma / below), rel=1e-5)
-    assert torch.isfinite(etas).all()
-
-
-@pytest.mark.parametrize("schedule", ["constant", "flow_grpo"])
-def test_a_window_has_noise_inside_and_the_ode_outside(schedule):
-    sigmas = flow_sigmas(8, 3.0)
-    everywhere = step_etas(sigmas, 0.5, schedule)
-    for start, length in [(0, 1), (2, 3), (7, 1), (0, 8)]:
-        etas = step_etas(sigmas, 0.5, schedule, window=(start, length))
-        inside = slice(start, start + length)
-        assert torch.equal(etas[inside], everywhere[inside])
-        assert etas.count_nonzero() == length
-    for window in [(-1, 2), (0, 0), (6, 3)]:
-        with pytest.raises(ValueError, match="window"):
-            step_etas(sigmas, 0.5, window=window)
 
 
 # ---- DIFFUSION, BY ALGEBRA ---------------------------------------------------------------------------------------
@@ -932,32 +856,55 @@ def test_ddim_marginals_of_a_gaussian(eta):
         assert error / half == pytest.approx(2, rel=0.1)
 
 
+def two_modes(alpha, sigma, centre, s=0.2):
+    """A grid of latents x of data with two equally likely modes, and on it: weight, E[x0 | x], Var[x0 | x]."""
+    centres = torch.tensor([[centre], [1.0]], dtype=torch.float64)
+    width = math.sqrt(alpha**2 * s**2 + sigma**2)
+    low, high = (alpha * centres).min() - 9 * width, (alpha * centres).max() + 9 * width
+    x = torch.linspace(low.item(), high.item(), 4001, dtype=torch.float64)
+    density = (-(((x - alpha * centres) / width) ** 2) / 2).exp()  # (2, x)
+    chance = density / density.sum(0)
+    x0 = centres + alpha * s**2 / width**2 * (x - alpha * centres)  # of each mode
+    mean = (chance * x0).sum(0)
+    var = (chance * x0**2).sum(0) + (s * sigma / width) ** 2 - mean**2
+    return x, density.sum(0) / density.sum(), mean, var, (s**2 + centres.var(unbiased=False)).item()
+
+
+def variance_after(step, weight):
+    mean = step.mean[:, 0]
+    return ((weight * mean**2).sum() - (weight * mean).sum() ** 2 + step.std**2).item()
+
+
+@many
+@given(st.floats(0.05, 0.98), st.floats(0.0, 0.95), st.floats(0.0, 1.5), st.floats(-2.0, 2.0))
+def test_variance_of_a_flow_step(sigma, shrink, eta, centre):
+    """(15): for two modes, whose mean and variance are integrated over x numerically."""
+    sigma_next = sigma * shrink
+    x, weight, x0_mean, x0_var, data_var = two_modes(1 - sigma, sigma, centre)
+    velocity = (x - x0_mean) / sigma  # by (8)
+    step = flow_sde_step(velocity[:, None], x[:, None], sigma, sigma_next, eta)
+    torch.testing.assert_close(step.x0[:, 0], x0_mean, rtol=1e-8, atol=1e-8)
+    right = (1 - sigma_next) ** 2 * data_var + sigma_next**2
+    kept = formula(14, "k").subs({ETA: eta, SIGMA: sigma, SIGMA1: sigma_next, DSIGMA: sigma_next - sigma})
+    at = {SIGMA: sigma, SIGMA1: sigma_next, K: kept, STD: step.std.item(), symbol("V"): (weight * x0_var).sum().item()}
+    expected = float(formula(15, "Var x' - right").subs(at))
+    assert variance_after(step, weight) - right == pytest.approx(expected, rel=1e-6, abs=1e-8)
+
+
 @many
 @given(st.floats(0.05, 1.5), st.floats(0.0, 0.95), st.floats(0.0, 1.0), st.floats(-2.0, 2.0))
 def test_variance_lost(angle, shrink, eta, centre):
-    """(27): for two modes, whose mean and variance are integrated over x numerically."""
+    """(27): as for the flow; DDIM has no excess."""
     alpha_bar, alpha_bar_next = math.cos(angle) ** 2, math.cos(angle * shrink) ** 2
-    alpha, sigma, s = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar), 0.2
-    centres = torch.tensor([[centre], [1.0]], dtype=torch.float64)
-    width = math.sqrt(alpha_bar * s**2 + sigma**2)
-    low, high = (alpha * centres).min() - 9 * width, (alpha * centres).max() + 9 * width
-    x = torch.linspace(low.item(), high.item(), 4001, dtype=torch.float64)
-    density = (-(((x - alpha * centres) / width) ** 2) / 2).exp()  # (2, x), both equally likely
-    weight = density.sum(0) / density.sum()
-    chance = density / density.sum(0)
-    x0 = centres + alpha * s**2 / width**2 * (x - alpha * centres)  # of each mode
-    x0_mean = (chance * x0).sum(0)
-    x0_var = (chance * x0**2).sum(0) + (s * sigma / width) ** 2 - x0_mean**2
-
+    alpha, sigma = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+    x, weight, x0_mean, x0_var, data_var = two_modes(alpha, sigma, centre)
     step = ddim_sde_step(((x - alpha * x0_mean) / sigma)[:, None], x[:, None], alpha_bar, alpha_bar_next, eta)
     torch.testing.assert_close(step.x0[:, 0], x0_mean, rtol=1e-8, atol=1e-8)
-    mean = step.mean[:, 0]
-    var = (weight * mean**2).sum() - (weight * mean).sum() ** 2 + step.std**2
-    wanted = alpha_bar_next * (s**2 + centres.var(unbiased=False)) + 1 - alpha_bar_next
+    right = alpha_bar_next * data_var + 1 - alpha_bar_next
     kept = math.sqrt(max(1 - alpha_bar_next - step.std.item() ** 2, 0))
     at = {ALPHA: alpha, SIGMA: sigma, ALPHA1: math.sqrt(alpha_bar_next), K: kept}
     lost = formula(27, "lost").subs(at | {symbol("V"): (weight * x0_var).sum().item()})
-    assert (wanted - var).item() == pytest.approx(float(lost), rel=1e-6, abs=1e-8)
+    assert right - variance_after(step, weight) == pytest.approx(float(lost), rel=1e-6, abs=1e-8)
 
 
 def euler_maruyama(noise_pred, x, angle, step, eta):
@@ -1135,62 +1082,3 @@ def test_noise_and_velocity_describe_one_step(place, seed):
     torch.testing.assert_close(by_noise.x0, x0)
     for one, other in zip(by_noise, by_velocity):
         torch.testing.assert_close(one, other)
-
-
-# ---- FEWER, LARGER STEPS OF THE ODE ------------------------------------------------------------------------------
-def ode_step(kind, output, latents, level, next_level):
-    """A step without noise, and its size on the clock."""
-    if kind == "flow":
-        return sde.flow_sde_step(output, latents, level, next_level, 0.0), next_level - level
-    step = sde.ddim_sde_step(output, latents, level, next_level, 0.0)
-    return step, math.sqrt(1 / next_level - 1) - math.sqrt(1 / level - 1)
-
-
-@pytest.mark.parametrize("kind", ["flow", "diffusion"])
-def test_steps_without_noise_are_euler_steps(kind):
-    """(31) as it stands: z is x for the flow and x/α for diffusion."""
-    generator = torch.Generator().manual_seed(0)
-    latents, output = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64)
-    level, next_level = (0.7, 0.4) if kind == "flow" else (0.3, 0.6)
-    step, h = ode_step(kind, output, latents, level, next_level)
-    alpha, alpha1 = (1, 1) if kind == "flow" else (math.sqrt(level), math.sqrt(next_level))
-    names = dict(zip(("z", "h", "u"), (symbol(name) for name in ("z", "h", "u"))))
-    line = sp.lambdify([*names.values()], formula(31, "z'"))
-    torch.testing.assert_close(step.next_latents / alpha1, line(latents / alpha, h, output), rtol=1e-6, atol=1e-6)
-
-
-def test_second_order_is_exact_on_a_line():
-    """(32) is the mean of u over the step, where u is a line in c that goes through both outputs."""
-    h, g, u, b, c = sp.symbols("h g u b c")
-    line = u + (u - b) / g * c  # c counts from the present point
-    w = formula(32, "w").subs({symbol(name): value for name, value in dict(h=h, g=g, u=u, b=b).items()})
-    assert zero(w - sp.integrate(line, (c, 0, h)) / h)
-    values = [torch.tensor([value], dtype=torch.float64) for value in (2.0, 3.5)]
-    found = sde.second_order(values[0], values[1], -0.2, -0.3)
-    assert float(found) == pytest.approx(float(w.subs({h: -0.2, g: -0.3, u: 2.0, b: 3.5})))
-
-
-@pytest.mark.parametrize("kind", ["flow", "diffusion"])
-def test_second_order_converges_as_h_squared(kind):
-    """(32): halved steps divide the error by 4, and by 2 without it. The data are Gaussian with spread 0.5. Their ODE is
-    known: x keeps its place in units of the spread of its marginal."""
-
-    def spread(level):
-        alpha, sigma = (1 - level, level) if kind == "flow" else (math.sqrt(level), math.sqrt(1 - level))
-        return alpha, sigma, math.sqrt((0.5 * alpha) ** 2 + sigma**2)
-
-    def end(steps, order):
-        levels = torch.linspace(0.9, 0.1, steps + 1) if kind == "flow" else torch.linspace(0.2, 0.9, steps + 1)
-        levels, latents, previous = levels.double().tolist(), torch.ones(1, 1, dtype=torch.float64), None
-        for level, next_level in pairwise(levels):
-            alpha, sigma, total = spread(level)
-            noise = sigma / total**2 * latents  # E[noise | x]
-            output = noise - 0.25 * alpha / total**2 * latents if kind == "flow" else noise
-            _, h = ode_step(kind, output, latents, level, next_level)
-            used = output if order == 1 or previous is None else sde.second_order(output, previous[0], h, previous[1])
-            latents, previous = ode_step(kind, used, latents, level, next_level)[0].next_latents, (output, h)
-        return abs(float(latents) - spread(levels[-1])[2] / spread(levels[0])[2])
-
-    assert end(80, 1) / end(160, 1) == pytest.approx(2, rel=0.05)
-    assert end(80, 2) / end(160, 2) == pytest.approx(4, rel=0.1)
-    assert end(20, 2) < end(80, 1)

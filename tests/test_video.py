@@ -61,7 +61,8 @@ def build(tmp_path):
 def ode(script, run, prompts):
     latents = script.init_latents(run.models, run.args, [script.seeded(i) for i in range(len(prompts))])
     cond = script.encode_prompts(run.models, run.args, prompts)
-    return latents, script.sample_ode(run, latents, cond)[1]
+    levels = script.schedule(run.args).tolist()
+    return latents, script.rollout(run, latents, cond, levels, [0.0] * run.args.num_inference_steps)[2]
 
 
 def call_of(pipe, run, latents, **kwargs):

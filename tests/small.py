@@ -1,0 +1,209 @@
+"""A small run on the tiny models, what happens inside it, and its loss written by hand. Tests share this."""
+
+import math
+from types import SimpleNamespace
+
+import torch
+
+# Calls are counted: FAULT strikes in call number FAULT_AT. A digit is a signal that the process sends to itself.
+REWARDS = """
+import os
+import torch
+
+calls = 0
+
+
+def redness(images):
+    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
+
+
+def red(images, prompts):
+    global calls
+    calls += 1
+    fault = os.environ.get("FAULT") if os.environ.get("FAULT_AT") == str(calls) else None
+    if fault == "raise":
+        raise ValueError("out of paint")
+    if fault and fault.isdigit():
+        os.kill(os.getpid(), int(fault))
+    return redness(images) * (float("nan") if fault == "nan" else 1)
+
+
+def cyan(images, prompts):
+    return -redness(images)
+
+
+def dark(images, prompts):
+    return -images.mean((1, 2, 3))
+
+
+counted = 0
+
+
+def number(images, prompts):
+    '''0 to 7 for the rows of an iteration, in whatever micro-batches they come.'''
+    global counted
+    counted += len(images)
+    return torch.arange(counted - len(images), counted) % 8
+
+
+def constant(images, prompts):
+    return torch.full((len(images),), 0.1)
+"""
+
+# Each figure that matters to a test is given here, so that no preset can change what is proved.
+SMALL = dict(
+    seed=0, reward="red", eval_reward="dark", eval_samples=1, validation_steps=100, guidance_scale=3.5, eta=0.7,
+    shift=3, num_inference_steps=4, sde_window=0, sde_window_range=(0, 0), timestep_fraction=1,
+    prompts_per_step=2, num_generations=4, num_updates=1, train_batch_size=8, clip_range=1e-2, adv_clip_max=100,
+    max_grad_norm=1e9, learning_rate=1e-3, adam_weight_decay=1e-2, checkpointing_steps=100, checkpoints_total_limit=100,
+    max_train_steps=2,
+)  # fmt: skip
+WINDOW = dict(sde_window=2, sde_window_range=(1, 1))
+TIMES = {"time_s", "samples_per_s"}
+
+
+def argv(files, output_dir, **changes):
+    flags = SMALL | {"eval_prompts": files / "heldout.txt", "output_dir": output_dir} | changes
+    words = []
+    for name, value in flags.items():
+        if value is None:  # not a flag of this script
+            continue
+        values = value if isinstance(value, (tuple, list)) else [value]
+        if name in ("reward", "eval_reward"):
+            values = [f"{files}/rewards.py:{v}" for v in values]
+        words += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", *map(str, values)]
+    return words
+
+
+def flat(tensors):
+    return torch.cat([t.detach().flatten().clone() for t in tensors])
+
+
+def same(a, b):
+    """Bitwise, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def close(a, b, tolerance=1e-4):
+    """Relative to the length of the vector: the entries of a gradient differ by many orders of magnitude."""
+    return length(a - b) / length(b) < tolerance
+
+
+def length(vector):
+    """In float64: the plain float32 sum over millions of squares is off in the fourth digit."""
+    return float(vector.double().norm())
+
+
+def watch(monkeypatch, g, run, frozen=False):
+    """A log that fills while the run of the script g trains. frozen: the optimizer leaves the weights as they are."""
+    rollout, policy_step = g.rollout, g.policy_step
+    log = SimpleNamespace(trajectories=[], samples=[], drawn=[], scored=[], gradients=[], weights=[])
+    log.scores, log.prompts = [], []
+    reward, optimizer_step = run.rewards, run.optimizer.step
+
+    def watched_rollout(run, latents, cond, levels, etas, generators=None):
+        trajectory, log_probs, samples = rollout(run, latents, cond, levels, etas, generators)
+        log.trajectories.append(trajectory)
+        log.samples.append(samples)
+        return trajectory, log_probs, samples
+
+    def watched_step(args, output, latents, level, next_level, eta, next_latents=None, generator=None):
+        step = policy_step(args, output, latents, level, next_level, eta, next_latents, generator)
+        if next_latents is None:
+            log.drawn.append((level, eta, (step.next_latents - step.mean) / step.std))
+        elif torch.is_grad_enabled():  # best_of_n scores once more without gradients
+            log.scored.append((level, eta, latents))
+        return step
+
+    def watched_reward(images, prompts):  # a micro-batch at a time: put together, they are an iteration's
+        part = reward(images, prompts)
+        if len(log.prompts) % (run.args.prompts_per_step * run.args.num_generations) == 0:
+            log.scores.append({name: score[:0] for name, score in part.items()})
+            log.prompts = []
+        log.scores[-1] = {name: torch.cat([log.scores[-1][name], score]) for name, score in part.items()}
+        log.prompts += prompts
+        return part
+
+    def watched_optimizer():
+        log.gradients.append(flat(p.grad for p in run.parameters))
+        if not frozen:
+            optimizer_step()
+        log.weights.append(flat(run.parameters))
+
+    monkeypatch.setattr(g, "rollout", watched_rollout)
+    monkeypatch.setattr(g, "policy_step", watched_step)
+    run.rewards, run.optimizer.step = watched_reward, watched_optimizer
+    return log
+
+
+def kept_by_hand(advantages, size, keep):
+    """The rows with fewer than keep/2 others below them, or above them, in their group; no ties."""
+    a = advantages.tolist()
+    groups = [range(start, start + size) for start in range(0, len(a), size)]
+    return [
+        i for group in groups for i in group
+        if sum(a[j] < a[i] for j in group) < keep // 2 or sum(a[j] > a[i] for j in group) < keep // 2
+    ]  # fmt: skip
+
+
+def advantages_by_hand(args, scores, group_size=None):
+    """Algorithm 1, line 8, with Python's numbers; and the rows to train."""
+    G, total = group_size or args.num_generations, None
+    scores = {name: list(score) for name, score in scores.items()}
+    weights = args.reward_weights or [1] * len(scores)
+    thresholds = args.reward_thresholds or [None] * len(scores)
+    for weight, threshold, score in zip(weights, thresholds, scores.values(), strict=True):
+        values = [float(s) if threshold is None else float(s > threshold) for s in score]
+        column = []
+        for start in range(0, len(values), G):
+            group = values[start : start + G]
+            mean = sum(group) / G
+            std = math.sqrt(sum((v - mean) ** 2 for v in group) / (G - 1))
+            column += [weight * (v - mean) / std if std else 0.0 for v in group]
+        total = [a + b for a, b in zip(total or [0] * len(values), column)]
+    rows = kept_by_hand(torch.tensor(total), G, args.best_of_n) if args.best_of_n else list(range(len(total)))
+    clamped = [min(max(a, -args.adv_clip_max), args.adv_clip_max) for a in total]
+    return torch.tensor(clamped), torch.tensor(rows)
+
+
+def surrogate_by_hand(run, log, rows, steps, advantages, policy, old_policy):
+    """The mean clipped objective of `rows` in one batch, from the network up; and each row's ratio and objective."""
+    args, c = run.args, run.args.clip_range
+    time = [1 - i / args.num_inference_steps for i in range(args.num_inference_steps + 1)]
+    sigmas = [args.shift * t / (1 + (args.shift - 1) * t) for t in time]
+    trajectory = torch.cat(log.trajectories)[rows]
+    prompts = [log.prompts[i] for i in rows]
+    with torch.no_grad():
+        length = run.models.pipe.tokenizer_2.model_max_length
+        tokens, pooled, text_ids = run.models.pipe.encode_prompt(prompts, None, max_sequence_length=length)
+    ids = torch.tensor([[0, y, x] for y in range(4) for x in range(4)], dtype=torch.float32)  # 64 pixels, 16 a patch
+    ratios, objectives = [], []
+    for t in steps:
+        x, x_next, s, d = trajectory[:, t], trajectory[:, t + 1], sigmas[t], sigmas[t + 1] - sigmas[t]
+
+        def log_prob(network):
+            velocity = network(
+                hidden_states=x, timestep=torch.full((len(x),), s), guidance=torch.full((len(x),), args.guidance_scale),
+                encoder_hidden_states=tokens, pooled_projections=pooled, txt_ids=text_ids, img_ids=ids,
+            ).sample  # fmt: skip
+            k = args.eta**2 * d / (2 * s)
+            mean = (1 + k) * x + (d + k * (1 - s)) * velocity  # sde.py (13)
+            normal = torch.distributions.Normal(mean, args.eta * math.sqrt(-d))
+            return normal.log_prob(x_next).mean((1, 2))
+
+        with torch.no_grad():
+            old = log_prob(old_policy)
+        ratios.append((log_prob(policy) - old).exp())
+        objectives.append(torch.min(ratios[-1] * advantages[rows], ratios[-1].clamp(1 - c, 1 + c) * advantages[rows]))
+    return torch.stack(ratios), torch.stack(objectives)
+
+
+def loss_gradient(objectives, policy):
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    return flat(torch.autograd.grad(-objectives.mean(), trained))
