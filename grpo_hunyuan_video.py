@@ -34,19 +34,19 @@ from harness import not_negative, pixels, positive, scale, up_to_1000, whole
 from rewards import RewardError, add_reward_flags, binary, check_reward_flags, load_reward_flags
 from sde import flow_sde_step, flow_sigmas, joint_nats, standard_normal
 
-# Legend of shapes:  B rows = prompts x G    b rows of a micro-batch    G group size    T sampling steps
-#                    K rewards    *L latent dimensions, D their product    F frames    F' latent frames
-#                    samples (B, F, 3, H, W) in [0, 1], or (B, 3, H, W) of one frame
+# Legend of shapes:  B samples of a process    b samples of a micro-batch    G samples of a group    K rewards
+#                    n steps of a plan, at most the T of the schedule    *L latent dimensions, D their product
+#                    F frames    F' latent frames
 
-# ---- ARGUMENTS -----------------------------------------------------------------------------------------------
-# Sources: "Table 6" of the paper; "script", the authors' launch script of that setting (32 GPUs).
+# ---- ARGUMENTS -------------------------------------------------------------------------------------------------------
+# Sources: "Table 6" of the paper; "authors", their launch script of that setting (32 GPUs).
 REAL = dict(
-    pretrained_model_name_or_path="hunyuanvideo-community/HunyuanVideo", mixed_precision="bf16",  # script
-    height=480, width=480, prompts_per_step=32,  # Table 6, script
-    max_train_steps=202, checkpointing_steps=50, gradient_checkpointing=True,  # script; the paper gives none of them
+    pretrained_model_name_or_path="hunyuanvideo-community/HunyuanVideo", mixed_precision="bf16",  # authors
+    height=480, width=480, prompts_per_step=32,  # Table 6, authors
+    max_train_steps=202, checkpointing_steps=50, gradient_checkpointing=True,  # authors; the paper gives none of them
 )  # fmt: skip
 SCRIPT = dict(num_frames=53, num_inference_steps=16, eta=0.25, num_generations=24, best_of_n=8, num_updates=2)
-# Two steps with noise in the first half (flow_grpo, "fast"), eta (MixGRPO), a tail of the second order (MixGRPO-Flash).
+# Two steps with noise in the first half (flow_grpo, "fast"), eta (MixGRPO), fewer steps after them (MixGRPO-Flash).
 FAST = dict(num_inference_steps=10, sde_window=2, sde_window_range=[0, 3], tail_steps=3, timestep_fraction=1.0, eta=0.7)
 JUDGE = [f"{HERE}/tiny/world.py:{name}" for name in ("video_correct", "well_drawn", "smooth")]
 PRESETS = {
@@ -60,7 +60,7 @@ PRESETS = {
         guidance_scale=3.0,  # higher, and the tiny model leaves its rewards little to improve
         train_batch_size=36, max_train_steps=20, validation_steps=10,
     ),
-    "lora": REAL | SCRIPT | dict(learning_rate=3e-4, rank=128, lora_alpha=256),  # these are of FLUX's script
+    "lora": REAL | SCRIPT | dict(learning_rate=3e-4, rank=128, lora_alpha=256),  # the authors' of FLUX
     "fast": REAL | SCRIPT | FAST | dict(num_updates=1, learning_rate=3e-4, rank=128, lora_alpha=256),  # as "lora"
     "paper": REAL | dict(num_frames=73, num_inference_steps=25, num_updates=4),  # Table 6; frames: the paper's text
     "official": REAL | SCRIPT,
@@ -77,34 +77,34 @@ def parse_args(argv=None):
     flag, switch = parser.add_argument, argparse.BooleanOptionalAction
     # the model
     flag("--pretrained_model_name_or_path", "--model", help="folder or Hugging Face id, diffusers' layout")
-    flag("--height", type=pixels, help="of the samples, pixels")
-    flag("--width", type=pixels, help="of the samples, pixels")
+    flag("--height", type=pixels, help="of a sample in pixels")
+    flag("--width", type=pixels, help="of a sample in pixels")
     flag("--num_frames", type=up_to_1000, help="of a video; 1: images")
-    flag("--guidance_scale", type=guidance, default=6.018, help="embedded guidance (script)")
+    flag("--guidance_scale", type=guidance, default=6.018, help="embedded guidance (authors)")
     add_reward_flags(parser, ["vq"])
     # sampling
-    flag("--num_inference_steps", type=up_to_1000, help="T, in training and in evaluation")
-    flag("--shift", type=scale, default=5.0, help="of the noise levels towards noise (script)")
+    flag("--num_inference_steps", type=up_to_1000, help="T, steps of a sample, in training and in evaluation")
+    flag("--shift", type=scale, default=5.0, help="of the noise levels towards noise (authors)")
     flag("--eta", type=scale, default=0.3, help="strength of the SDE's noise (Table 6)")
-    flag("--sde_window", type=whole, default=0, metavar="LENGTH", help="steps with noise, the ODE elsewhere; 0: all")
-    flag("--sde_window_range", nargs=2, type=whole, default=[0, 0], metavar=("FIRST", "LAST"), help="window's start")
-    flag("--tail_steps", type=whole, default=0, metavar="N", help="larger steps after the window, sde.py (32); 0: all")
+    flag("--sde_window", type=whole, default=0, metavar="LENGTH", help="so many steps have noise; 0: all")
+    flag("--sde_window_range", nargs=2, type=whole, default=[0, 0], metavar=("FIRST", "LAST"), help="of the first one")
+    flag("--tail_steps", type=whole, default=0, metavar="N", help="take the steps after them in N larger ones")
     flag("--init_same_noise", action=switch, default=True, help="one initial noise for a group (Algorithm 1)")
     flag("--decode_x0", action=switch, default=True, help="decode the last step's x0 (authors' code), not its latents")
     # GRPO
-    flag("--prompts_per_step", type=count, help="prompts in an iteration")
+    flag("--prompts_per_step", type=count, help="prompts of an iteration, of all processes")
     flag("--num_generations", type=count, default=12, help="G, samples for each prompt (Table 6)")
     flag("--best_of_n", type=whole, default=0, metavar="K", help="train on the K/2 best and worst of a group; 0: all")
-    flag("--timestep_fraction", type=fraction, default=0.6, help="share of the transitions that is trained (Table 6)")
+    flag("--timestep_fraction", type=fraction, default=0.6, help="share of the noisy steps that is trained (Table 6)")
     flag("--num_updates", type=count, help="optimizer steps in an iteration")
     flag("--clip_range", type=fraction_below_1, default=1e-4, help="the ratio is clipped to 1 +- this (Table 6)")
-    flag("--adv_clip_max", type=positive, default=5.0, help="clamp of the advantage (script)")
+    flag("--adv_clip_max", type=positive, default=5.0, help="clamp of the advantage (authors)")
     flag("--ratio_tolerance", type=not_negative, default=0.0, help="largest |ratio - 1| before the first update")
     # optimization
-    flag("--train_batch_size", type=count, default=1, help="rows of a micro-batch, in rollout and update alike")
+    flag("--train_batch_size", type=count, default=1, help="samples of a micro-batch, in rollout and update alike")
     flag("--learning_rate", type=positive, default=1e-5, help="of AdamW, constant (Table 6)")
-    flag("--adam_weight_decay", type=not_negative, default=1e-4, help="(script)")
-    flag("--max_grad_norm", type=positive, default=1.0, help="(Table 6)")
+    flag("--adam_weight_decay", type=not_negative, default=1e-4, help="of AdamW (authors)")
+    flag("--max_grad_norm", type=positive, default=1.0, help="longer gradients are scaled to this length (Table 6)")
     harness.add_run_flags(parser)
     known = parser.parse_known_args(argv)[0]
     parser.set_defaults(**PRESETS[known.preset])
@@ -192,9 +192,11 @@ def decode(models, args, latents):
 
 # ==== END MODEL ZONE ==================================================================================================
 # ==== BEGIN ALGORITHM ZONE (the same text in every script) ============================================================
-# Sampling is a decision process (paper, eq 6). The state is (prompt, level, latents), where level is sigma or alpha_bar.
-# The action is the next latents, and the policy is the Gaussian of one step. The reward comes once, for the decoded
-# sample, so all steps of a trajectory share its advantage A. The gradient is the sum over steps of A grad log_prob.
+# Sampling is a decision process (paper, eq 6). The state is (prompt, level, latents); level is sigma or alpha_bar. The
+# action is the next latents, and the policy is the Gaussian of one step. The reward comes once, for the decoded sample,
+# so all steps of a trajectory share its advantage A. The gradient is the sum over steps of A grad log_prob.
+
+
 def plan(args, iteration):
     """Where a rollout goes: n + 1 levels, and eta of each of the n steps between them. A step with eta 0 is one of the
     ODE. A window of noise has a new place in each iteration, and --tail_steps makes the steps after it fewer."""
@@ -285,9 +287,9 @@ def train_step(run, iteration):
 
     # 1: draw the prompts. Each process takes whole groups. `rows` has the number of each of its B samples among those
     # of all processes: all that is drawn for a sample is seeded by its row, and row // G is its group.
-    batch = harness.prompts_of_step(run.prompts, iteration, args.prompts_per_step, args.seed)
+    drawn = harness.prompts_of_step(run.prompts, iteration, args.prompts_per_step, args.seed)
     rows = [group * G + member for group in harness.share(args.prompts_per_step).tolist() for member in range(G)]
-    prompts = [batch[row // G] for row in rows]
+    prompts = [drawn[row // G] for row in rows]
     conds = harness.conditions(run, prompts)
 
     # 2, 3, 4: in each micro-batch, draw the initial noise, one for each group; roll out with the SDE; score the samples
