@@ -114,8 +114,8 @@ def pages_of(message):
     """What adds the unrecognized flags of a message: the pages of variants/ that tell of them."""
     if not message.startswith("unrecognized arguments"):
         return ""
-    flags = [f"`{flag}" for flag in re.findall(r"--\w+", message)]
-    pages = [page for page in sorted((HERE / "variants").glob("*.md")) if any(f in page.read_text("utf-8") for f in flags)]
+    flag = re.compile("|".join(rf"[`\"]{re.escape(flag)}\b" for flag in re.findall(r"--[\w-]+", message)) or "$.")
+    pages = [page for page in sorted((HERE / "variants").glob("*.md")) if flag.search(page.read_text("utf-8"))]
     return f" (see {', '.join(f'variants/{page.name}' for page in pages)})" if pages else ""
 
 

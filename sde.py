@@ -225,9 +225,9 @@ def flow_sde_step(velocity, latents, sigma, sigma_next, eta, next_latents=None, 
 
 
 # ---- DIFFUSION ----------------------------------------------------------------------------------
-# From here on all is for Stable Diffusion: grpo_flux.py and the scripts for videos need no more than
-# (1) to (16). While a sample is made, α rises from 0 (noise) to 1 (data). One step goes from alpha_bar
-# to a larger alpha_bar_next.
+# From here on all is for Stable Diffusion; grpo_flux.py and the scripts for videos need no more than
+# the formulas above. While a sample is made, α rises from 0 (noise) to 1 (data). One step goes from
+# alpha_bar to a larger alpha_bar_next.
 #
 #   here             formula   paper   diffusers               meaning
 #   latents          x         z_t     sample                  a point at alpha_bar

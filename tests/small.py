@@ -53,7 +53,8 @@ def constant(images, prompts):
 # Each figure that matters to a test is given here, so that no preset can change what is proved.
 SMALL = dict(
     seed=0, reward="red", eval_reward="dark", eval_samples=1, validation_steps=100, guidance_scale=3.5, eta=0.7,
-    shift=3, num_inference_steps=4, sde_window=0, sde_window_range=(0, 0), timestep_fraction=1,
+    shift=3, num_inference_steps=4, sde_window=0, sde_window_range=(0, 0), tail_steps=0,
+    timestep_fraction=1,
     prompts_per_step=2, num_generations=4, num_updates=1, train_batch_size=8, clip_range=1e-2, adv_clip_max=100,
     max_grad_norm=1e9, learning_rate=1e-3, adam_weight_decay=1e-2, checkpointing_steps=100, checkpoints_total_limit=100,
     max_train_steps=2,

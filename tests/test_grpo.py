@@ -423,7 +423,7 @@ def test_without_a_window_every_step_has_noise(files, tmp_path):
         assert g.plan(args, 0) == (g.schedule(args).tolist(), [0.7] * 4)
 
 
-@pytest.mark.parametrize("tail_steps, tail", [(0, [5, 6, 7, 8]), (2, [5, 6, 8]), (1, [5, 8]), (3, [5, 6, 7, 8])])
+@pytest.mark.parametrize("tail_steps, tail", [(0, [5, 6, 7, 8]), (2, [5, 7, 8]), (1, [5, 8]), (3, [5, 6, 7, 8])])
 def test_the_tail_has_as_many_steps_as_asked_for_evenly_chosen(tail_steps, tail, files, tmp_path):
     flags = dict(num_inference_steps=8, sde_window=2, sde_window_range=(3, 3), tail_steps=tail_steps)
     args = g.parse_args(argv(files, tmp_path, **flags))

@@ -116,8 +116,8 @@ def test_the_work_of_a_pass_is_that_of_its_products():
 @pytest.mark.parametrize("script", MODELS)
 def test_the_table_of_real_weights_tells_the_work_of_an_iteration(script, preset, monkeypatch):
     """PFLOP of the rollout, plus those of the update: the pass forward, twice where its activations are recomputed, the
-    way back through the activations and, without a LoRA, to the weights. With a window, the steps before it (half of
-    the places where it may start, on average) are taken once for a group, and those after it are the tail's."""
+    way back through the activations and, without a LoRA, to the weights. With a window, the steps before it are half of
+    the places where it may start, on average, and those after it are the tail's."""
     module = importlib.import_module(script)
     monkeypatch.setattr(module, "check_model", lambda args: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -130,7 +130,7 @@ def test_the_table_of_real_weights_tells_the_work_of_an_iteration(script, preset
     sampled = samples * T
     if args.sde_window:
         steps = args.sde_window
-        sampled = samples * (steps + args.tail_steps) + args.prompts_per_step * sum(args.sde_window_range) / 2
+        sampled = samples * (sum(args.sde_window_range) / 2 + steps + args.tail_steps)
     work = tflop(script, **size) * (sampled + trained * steps * passes) / 1000
     paid, total = sizes(script, args.rank, args.lora_alpha)
     memory = (16 * paid + 2 * (total - paid)) / 2**30

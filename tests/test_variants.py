@@ -151,8 +151,9 @@ def test_a_page_names_its_commands_and_its_tests(page):
 def test_a_changed_script_keeps_the_ratio_at_1_and_repeats_itself(page, script, build):
     """Two iterations; then the same two again, from the same seed."""
     g, metrics = variant_of(script, page), []
-    flags = WINDOW | dict(sde_window=0) if page == "last_transition" else WINDOW
-    flags |= dict(eta=0.6, num_inference_steps=5, tail_steps=1, train_batch_size=4, num_updates=2, best_of_n=2)
+    flags = WINDOW | dict(eta=0.6, num_inference_steps=5, tail_steps=1, train_batch_size=4, num_updates=2, best_of_n=2)
+    if page == "last_transition":
+        flags["sde_window"] = 0
     reward = f"red{':mean' if 'video' in script or 'skyreel' in script else ''}"
     if script == "grpo_sd14":
         flags |= dict(shift=None)

@@ -30,6 +30,7 @@ def blocks_of(page, script):
 def change(text, names, script):
     """The text of `script` with the changes of the pages. Raises ValueError for a page that does not exist, and for a
     block that does not fit exactly one place; it names the block by its first line."""
+    lines = text.split("\n")
     for name in names:
         file = VARIANTS / f"{name}.md"
         if not file.is_file():
@@ -38,12 +39,12 @@ def change(text, names, script):
         if not blocks:
             raise ValueError(f"{name}.md has no change for {script}")
         for old, new in blocks:
-            before, after = ("".join(f"{line}\n" for line in lines) for lines in (old, new))
-            places = f"\n{text}".count(f"\n{before}")
-            if places != 1:
-                raise ValueError(f"{name}.md: the block '{old[0].strip()}' fits {script} in {places} places, not in 1")
-            text = f"\n{text}".replace(f"\n{before}", f"\n{after}")[1:]
-    return text
+            places = [i for i in range(len(lines)) if lines[i : i + len(old)] == old]
+            if len(places) != 1:
+                where = f"{script} in {len(places)} places, not in 1"
+                raise ValueError(f"{name}.md: the block '{old[0].strip()}' fits {where}")
+            lines[places[0] : places[0] + len(old)] = new
+    return "\n".join(lines)
 
 
 def pages():
