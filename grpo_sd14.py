@@ -3,7 +3,7 @@
     python grpo_sd14.py --reward hps                            the tiny model, on a laptop CPU
     python grpo_sd14.py --preset lora --prompts prompts.txt --reward hps clip --reward_weights 0.7 1.4
 
-The algorithm (paper, Algorithm 1; symbols as in sde.py). The numbers return in `train_step`.
+The algorithm (paper, Algorithm 1; symbols as in sde.py). Numbers 1 to 7 return in `train_step`.
   1 draw a batch of prompts; the current weights are the old policy
   2 draw one initial noise for each prompt, shared by its group of G samples
   3 roll out G trajectories for each prompt with the SDE; keep latents and log-probabilities
@@ -13,9 +13,9 @@ The algorithm (paper, Algorithm 1; symbols as in sde.py). The numbers return in 
   7 recompute their log-probabilities; ratio = exp(new - old); ascend the clipped objective
   8 repeat; evaluate with the ODE, never with the SDE
 
-There is no value network: the mean of a group is the baseline. By default there is no KL to the base model: the
-paper saw little difference without it. There is no advantage for each step: the reward comes at the end, and all
-steps share it.
+There is no value network: the mean of a group is the baseline. There is no KL to the base model: the paper saw little
+difference without it (variants/kl.md adds one). There is no advantage for each step: the reward comes at the end, and
+all steps share it.
 
 Guidance is part of the policy. The guided prediction draws the samples and is scored. Its gradient flows through the
 conditional and the unconditional half, at twice the memory (paper, App. C).
@@ -37,7 +37,8 @@ from rewards import RewardError, add_reward_flags, binary, check_reward_flags, l
 from sde import ddim_sde_step, joint_nats, standard_normal
 
 # Legend of shapes:  B samples of a process    b samples of a micro-batch    G samples of a group    K rewards
-#                    n steps of a plan, at most the T of the schedule    *L latent dimensions, D their product
+#                    n steps of a rollout    T steps of the schedule    *L latent dimensions, D their product
+# Words:  step or transition, of the sampler    update, of the optimizer    iteration, one train_step
 
 # ---- ARGUMENTS -------------------------------------------------------------------------------------------------------
 # Sources: "Table 6" and "App. C" of the paper; "authors", their launch script of that setting (8 GPUs).
@@ -74,38 +75,40 @@ def parse_args(argv=None):
     flag, switch = parser.add_argument, argparse.BooleanOptionalAction
     # the model
     flag("--pretrained_model_name_or_path", "--model", help="folder or Hugging Face id, diffusers' layout")
-    flag("--height", type=pixels, help="of a sample in pixels")
-    flag("--width", type=pixels, help="of a sample in pixels")
+    flag("--height", type=pixels, help="height of a sample in pixels")
+    flag("--width", type=pixels, help="width of a sample in pixels")
     flag("--guidance_scale", type=guidance_from_1, default=5.0, help="classifier-free, also in training (authors)")
     add_reward_flags(parser, ["hps"])
     # sampling
-    flag("--num_inference_steps", type=up_to_1000, help="T, steps of a sample, in training and in evaluation")
+    flag("--num_inference_steps", type=up_to_1000, help="T, of an evaluation; --tail_steps shortens a rollout")
     flag("--eta", type=fraction, default=1.0, help="strength of the SDE's noise, at most 1 (authors)")
-    flag("--sde_window", type=whole, default=0, metavar="LENGTH", help="so many steps have noise; 0: all")
-    flag("--sde_window_range", nargs=2, type=whole, default=[0, 0], metavar=("FIRST", "LAST"), help="of the first one")
-    flag("--tail_steps", type=whole, default=0, metavar="N", help="take the steps after them in N larger ones")
+    flag("--sde_window", type=whole, default=0, metavar="LENGTH", help="consecutive steps with noise; 0: every step")
+    flag("--sde_window_range", nargs=2, type=whole, default=[0, 0], metavar=("FIRST", "LAST"), help="of its start")
+    flag("--tail_steps", type=whole, default=0, metavar="N", help="N longer steps after the window; 0: as they are")
     flag("--init_same_noise", action=switch, default=True, help="one initial noise for a group (Algorithm 1)")
     flag("--decode_x0", action=switch, default=False, help="decode the last step's x0, not its latents (authors' code)")
     # GRPO
     flag("--prompts_per_step", type=count, help="prompts of an iteration, of all processes")
     flag("--num_generations", type=count, default=12, help="G, samples for each prompt (Table 6)")
-    flag("--best_of_n", type=whole, default=0, metavar="K", help="train on the K/2 best and worst of a group; 0: all")
+    flag("--best_of_n", type=whole, default=0, metavar="N", help="train on the N/2 best and worst of a group; 0: all")
     flag("--timestep_fraction", type=fraction, default=0.6, help="share of the noisy steps that is trained (Table 6)")
     flag("--num_updates", type=count, help="optimizer steps in an iteration")
     flag("--clip_range", type=fraction_below_1, default=1e-4, help="the ratio is clipped to 1 +- this (Table 6)")
     flag("--adv_clip_max", type=positive, default=5.0, help="clamp of the advantage (authors)")
-    flag("--ratio_tolerance", type=not_negative, default=0.0, help="largest |ratio - 1| before the first update")
+    flag("--ratio_tolerance", type=not_negative, default=0.0, help="of |ratio - 1| before the first update")
     # optimization
     flag("--train_batch_size", type=count, default=1, help="samples of a micro-batch, in rollout and update alike")
-    flag("--learning_rate", type=positive, default=1e-5, help="of AdamW, constant (Table 6)")
-    flag("--adam_weight_decay", type=not_negative, default=1e-4, help="of AdamW (authors)")
-    flag("--max_grad_norm", type=positive, default=1.0, help="longer gradients are scaled to this length (Table 6)")
+    flag("--learning_rate", type=positive, default=1e-5, help="AdamW's, constant (Table 6)")
+    flag("--adam_weight_decay", type=not_negative, default=1e-4, help="AdamW's (authors)")
+    flag("--max_grad_norm", type=positive, default=1.0, help="the gradient's norm is clipped at this (Table 6)")
     harness.add_run_flags(parser)
     parser.set_defaults(**PRESETS[parser.parse_known_args(argv)[0].preset])
     return harness.parse(parser, argv, check_args, harness.check_run, check_model)
 
 
 # ==== BEGIN MODEL ZONE ================================================================================================
+# The rest of the file needs these names. `models` must have pipe, policy, vae, encoders and device. `cond` is a dict of
+# tensors, a row for each prompt: encode_prompts makes it and predict reads it. Levels go from noise to data.
 PART = "unet"  # the trained part of the pipeline
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -116,7 +119,7 @@ def check_model(args):
     harness.read_config("--model", name, "model_index.json", "StableDiffusionPipeline")
     unet = harness.read_config("--model", name, "unet/config.json", "UNet2DConditionModel")
     vae = harness.read_config("--model", name, "vae/config.json", "AutoencoderKL")
-    harness.check_size(args, 2 ** (len(vae["block_out_channels"]) - 1))  # the VAE's compression
+    harness.check_size(args, 2 ** (vae.length("block_out_channels") - 1))  # the VAE's compression
     check_scheduler(args)
     harness.check_memory(args, unet, LORA_TARGETS)
 
@@ -132,6 +135,8 @@ def check_scheduler(args):
     if T >= train_steps:
         refuse("--num_inference_steps", T, f"below {train_steps}")
     ddim = ddim_scheduler(name, T)
+    if not ((0 <= ddim.timesteps) & (ddim.timesteps < train_steps)).all():
+        refuse("--num_inference_steps", T, "a number that goes with the timesteps of this model")
     levels = schedule(args)
     following = ddim.timesteps - train_steps // T
     expected = torch.where(following >= 0, ddim.alphas_cumprod[following], ddim.final_alpha_cumprod)
@@ -150,7 +155,7 @@ def load_models(args, device):
     name = args.pretrained_model_name_or_path
     parts = harness.load_text_encoders(name, dtype)
     parts |= dict(safety_checker=None, requires_safety_checker=False)  # it would paint samples black
-    pipe = StableDiffusionPipeline.from_pretrained(name, dtype=dtypes, **parts)
+    pipe = harness.from_pretrained(StableDiffusionPipeline, name, dtype=dtypes, **parts)
     encoders = [pipe.text_encoder]
     return SimpleNamespace(pipe=pipe, policy=pipe.unet, vae=pipe.vae, encoders=encoders, device=device)
 
@@ -174,7 +179,7 @@ def ddim_scheduler(path, num_steps):
     """The model's own schedule as DDIM, on `num_steps` of its timesteps."""
     from diffusers import DDIMScheduler
 
-    scheduler = DDIMScheduler.from_pretrained(path, subfolder="scheduler")
+    scheduler = harness.from_pretrained(DDIMScheduler, path, subfolder="scheduler")
     scheduler.set_timesteps(num_steps)
     return scheduler
 
@@ -204,7 +209,7 @@ def call_unet(policy, args, latents, alpha_bar, text):
 
 
 def policy_step(args, noise_pred, latents, alpha_bar, alpha_bar_next, eta, next_latents=None, generator=None):
-    """One transition of the policy: samples it, or scores the given next_latents."""
+    """One transition of the policy: draws next_latents, or gives the log_prob of given ones."""
     return ddim_sde_step(noise_pred, latents, alpha_bar, alpha_bar_next, eta, next_latents, generator)
 
 
@@ -244,7 +249,7 @@ def rollout(run, latents, cond, levels, etas, generators=None):
     trajectory = [latents]
     log_probs = []
     for (level, next_level), eta in zip(pairwise(levels), etas, strict=True):
-        with harness.as_in_training(run):
+        with harness.as_in_training(run):  # a GPU rounds as in the update only if gradients are on
             output = predict(run.models.policy, run.args, latents, level, cond).detach()
         step = policy_step(run.args, output, latents, level, next_level, eta, generator=generators)
         latents = step.next_latents
@@ -283,12 +288,12 @@ def micro_batches(samples, args):
 
 
 def choose_transitions(args, etas, *key):
-    """A random share of the transitions with noise, the only ones that have a density. The last one is not trained: its
-    noise reaches no reward, sde.py (16). Each micro-batch has its own `key`."""
+    """A random share of the transitions with noise, the only ones that have a density; `key` seeds the choice. The last
+    transition is never trained: with --decode_x0 its noise reaches no reward, sde.py (16)."""
     noisy = [t for t, eta in enumerate(etas[:-1]) if eta > 0]
     order = torch.randperm(len(noisy), generator=seeded(*key))
-    count = round(args.timestep_fraction * len(noisy), 6)  # as a float, 0.28 * 25 is more than 7
-    return [noisy[i] for i in order[: math.ceil(count)]]
+    wanted = round(args.timestep_fraction * len(noisy), 6)  # as a float, 0.28 * 25 is more than 7
+    return [noisy[i] for i in order[: math.ceil(wanted)]]
 
 
 def recompute(policy, args, trajectory, t, levels, etas, cond):
@@ -302,7 +307,7 @@ def policy_loss(log_prob, old_log_prob, advantage, clip_range):
     """The negative of the clipped objective (paper, eq 9; sde.py (4)) and the ratio, each (b,)."""
     ratio = torch.exp(log_prob - old_log_prob)
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    return torch.maximum(-advantage * ratio, -advantage * clipped), ratio
+    return -torch.minimum(ratio * advantage, clipped * advantage), ratio
 
 
 def train_step(run, iteration):
@@ -310,15 +315,15 @@ def train_step(run, iteration):
     args, models, device, G = run.args, run.models, run.device, run.args.num_generations
     began = time.time()
 
-    # 1: draw the prompts. Each process takes whole groups. `rows` has the number of each of its B samples among those
-    # of all processes: all that is drawn for a sample is seeded by its row, and row // G is its group.
+    # 1: draw the prompts. Each process takes whole groups. rows[i] numbers its i-th sample among the samples of all
+    # processes; rows[i] // G is the group. The row of a sample seeds what is drawn for it, on any number of processes.
     drawn = harness.prompts_of_step(run.prompts, iteration, args.prompts_per_step, args.seed)
     rows = [group * G + member for group in harness.share(args.prompts_per_step).tolist() for member in range(G)]
     prompts = [drawn[row // G] for row in rows]
     conds = harness.conditions(run, prompts)
 
-    # 2, 3, 4: in each micro-batch, draw the initial noise, one for each group; roll out with the SDE; score the samples
-    # and drop them. The update has the same micro-batches, since a kernel may round by the size of its batch.
+    # 2, 3, 4: in each micro-batch b, draw the initial noise, one for each group; roll out with the SDE; score the
+    # samples and drop them. The updates split them in the same way, since a kernel may round by the size of its batch.
     levels, etas = plan(args, iteration)
     trajectories, old_log_probs, scores = [], [], []
     with harness.on_device(device, [models.vae]):
@@ -335,7 +340,7 @@ def train_step(run, iteration):
     trajectories, old_log_probs = torch.cat(trajectories), torch.cat(old_log_probs)  # (B, n+1, *L), (B, n)
     scores = {name: torch.cat([part[name] for part in scores]) for name in scores[0]}  # {name: (B,)}
 
-    # 5: standardise each reward in its group and add them up. Best-of-N selects afterwards.
+    # 5: standardise each reward in its group and add them up. Best-of-N selects before they are clamped.
     objectives = binary(scores, args.reward_thresholds) if args.reward_thresholds else scores
     weights = torch.tensor(args.reward_weights or [1.0] * len(scores))
     advantages, flat_groups = group_advantages(torch.stack([*objectives.values()], 1).cpu(), weights, G)
@@ -343,17 +348,17 @@ def train_step(run, iteration):
     advantages = advantages.clamp(-args.adv_clip_max, args.adv_clip_max).float().to(device)  # (B,)
 
     # 6: choose a random share of the transitions, the same for all samples of a micro-batch.
-    updates = [
-        [(b, choose_transitions(args, etas, args.seed, "transitions", iteration, rows[b[0]])) for b in update]
-        for update in micro_batches(kept, args)
-    ]
+    updates = []
+    for update in micro_batches(kept, args):
+        keys = [(args.seed, "transitions", iteration, rows[b[0]]) for b in update]
+        updates.append([(b, choose_transitions(args, etas, *key)) for b, key in zip(update, keys)])
     if args.best_of_n:
-        old_log_probs = score_again(run, updates, trajectories, levels, etas, conds)
+        old_log_probs = log_probs_again(run, updates, trajectories, levels, etas, conds)
 
     # 7: recompute their log-probabilities under the weights of now; ascend the clipped objective. An update's loss is
     # the mean over its samples and their chosen transitions.
-    seen, grad_norms = [], []
-    for number, update in enumerate(updates):
+    logged, grad_norms = [], []
+    for update_number, update in enumerate(updates):
         terms = sum(len(b) * len(transitions) for b, transitions in update)
         for b, transitions in update:
             trajectory, cond = trajectories[b].to(device), harness.stack([conds[i] for i in b], device)
@@ -361,18 +366,18 @@ def train_step(run, iteration):
                 new = recompute(models.policy, args, trajectory, t, levels, etas, cond)
                 loss, ratio = policy_loss(new.log_prob, old_log_probs[b, t], advantages[b], args.clip_range)
                 (loss.sum() / terms).backward()
-                seen.append({"loss": loss.detach(), "ratio": ratio.detach()})
-        if number == 0:
-            first_ratios = harness.check_ratio(run, seen, iteration)  # nothing has been trained yet: 1 is asked for
+                logged.append({"loss": loss.detach(), "ratio": ratio.detach()})
+        if update_number == 0:  # the old and the new policy are still one, so each ratio must be exactly 1
+            first_ratios = harness.check_ratio(run, logged, iteration)
         grad_norms.append(harness.clip_gradients(run))
         run.optimizer.step()
         run.optimizer.zero_grad()
         if run.ema:
             run.ema.step(run.parameters)
-    return harness.metrics_of(run, iteration, scores, advantages, flat_groups, first_ratios, seen, grad_norms, began)
+    return harness.metrics_of(run, iteration, scores, advantages, flat_groups, first_ratios, logged, grad_norms, began)
 
 
-def score_again(run, updates, trajectories, levels, etas, conds):
+def log_probs_again(run, updates, trajectories, levels, etas, conds):
     """The log-probabilities (B, n) of the chosen transitions under the old policy, in the micro-batches of the updates:
     those of best-of-N are not those of the rollout."""
     log_probs = torch.full((len(trajectories), len(etas)), math.nan, device=run.device)
@@ -392,14 +397,14 @@ def evaluate(run, iteration):
 
     The ODE is what users run, and it is the harder test: a policy can gain reward by its noise alone."""
     args, models, device = run.args, run.models, run.device
-    rows = harness.share(len(run.eval_prompts) * args.eval_samples)
+    rows = harness.share(len(run.eval_prompts) * args.eval_samples).tolist()
     prompts = [run.eval_prompts[row // args.eval_samples] for row in rows]
     conds = harness.conditions(run, prompts)
     levels, etas = schedule(args).tolist(), [0.0] * args.num_inference_steps
     shown, scores = {}, []
     with harness.averaged_weights(run), harness.on_device(device, [models.vae]):
         for b in torch.arange(len(rows)).split(args.train_batch_size):
-            latents = init_latents(models, args, [seeded("eval", int(rows[i])) for i in b])
+            latents = init_latents(models, args, [seeded("eval", rows[i]) for i in b])
             cond = harness.stack([conds[i] for i in b], device)
             trajectory, _, samples = rollout(run, latents, cond, levels, etas)
             harness.check_finite(run, trajectory, [prompts[i] for i in b])
@@ -411,13 +416,13 @@ def evaluate(run, iteration):
 # ---- the run ---------------------------------------------------------------------------------------------------------
 def check_args(args):
     """Refuses flags that do not go together. The range of a single flag is in its type."""
-    G, T, K = args.num_generations, args.num_inference_steps, args.best_of_n
+    G, T, kept = args.num_generations, args.num_inference_steps, args.best_of_n
     first, last = args.sde_window_range
-    trained = args.prompts_per_step // harness.WORLD * (K or G)
+    trained = args.prompts_per_step // harness.WORLD * (kept or G)
     if G < 2:
         refuse("--num_generations", G, "at least 2, or a group has no spread")
-    if K % 2 or K > G:
-        refuse("--best_of_n", K, f"even, at most {G}")
+    if kept % 2 or kept > G:
+        refuse("--best_of_n", kept, f"even, at most {G}")
     if T < 2:
         refuse("--num_inference_steps", T, "at least 2: the last transition is not trained")
     if args.sde_window >= T:
@@ -436,9 +441,9 @@ def check_args(args):
 def make_run(args):
     """All that an iteration needs: models, rewards, prompts, optimizer, and the folder it writes to."""
     run = harness.start_run(args)
-    with harness.loading():
+    with harness.loading(RewardError):
         run.eval_rewards = load_reward_flags(args, run.device, run.prompts, run.eval_prompts, harness.say)
-        run.rewards = run.eval_rewards.first(len(args.reward))  # the others are watched
+        run.rewards = run.eval_rewards.first(len(args.reward))  # --reward; those of --eval_reward are watched
         run.models = load_models(args, run.device)
         run.encode = functools.partial(encode_prompts, run.models, args)
         harness.prepare_policy(run, PART, LORA_TARGETS)
@@ -452,8 +457,9 @@ def make_run(args):
 def main(argv=None):
     run = make_run(parse_args(argv))
     D = init_latents(run.models, run.args, [seeded(0)]).numel()
-    transitions = len(choose_transitions(run.args, plan(run.args, 0)[1], 0))
-    harness.print_header(run, transitions, D, joint_nats(run.args.clip_range, D))
+    etas = plan(run.args, 0)[1]
+    trained = len(choose_transitions(run.args, etas, 0))
+    harness.print_header(run, trained, len(etas), D, joint_nats(run.args.clip_range, D))
     with harness.keep_last_iteration(run, RewardError):  # however this block ends, the last iteration is saved
         if harness.evaluation_is_due(run, 0):
             harness.record(run, {"step": 0} | evaluate(run, 0))

@@ -55,10 +55,17 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 SHOWN = 24  # samples in a picture
 FPS = 8  # frames a second of an animation (authors' scripts)
 PROGRAM = Path(sys.argv[0]).name
+# What libraries raise for files of a model that are missing or damaged: caught around these calls and nowhere else.
+BROKEN_MODEL = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError)
+BROKEN_MODEL += (TypeError, ValueError, SafetensorError)
 
 
 class RunError(RuntimeError):
     """Stops a run for a reason that its user can mend. The message is all that is printed, without a traceback."""
+
+
+class Refused(argparse.ArgumentTypeError, ValueError):
+    """Bad input, found before anything is loaded. parse() prints it as one line. Any other error is a bug."""
 
 
 # ---- THE COMMAND LINE ----------------------------------------------------------------------------------------
@@ -93,7 +100,7 @@ fraction_below_1 = number(float, 0, 0.999999)
 
 
 def refuse(flag, value, accepted):
-    raise ValueError(f"{flag} {value}: must be {accepted}")
+    raise Refused(f"{flag} {value}: must be {accepted}")
 
 
 def make_parser(doc, presets):
@@ -144,27 +151,18 @@ def add_run_flags(parser):
 
 
 def parse(parser, argv, *checks):
-    """The arguments. Each check raises a ValueError to refuse them, before any model loads."""
+    """The arguments. Each check refuses bad ones, before any model loads. Any other error is a bug in a check."""
     args = parser.parse_args(argv)
     try:
         for check in checks:
             check(args)
-    except ValueError as error:
+    except (argparse.ArgumentTypeError, RunError) as error:
         parser.error(one_line(error))
-    except (AttributeError, IndexError, KeyError, TypeError, ZeroDivisionError) as error:
-        parser.error(f"--model {args.pretrained_model_name_or_path}: a config does not fit the model: {name_of(error)}")
     return args
 
 
 def one_line(text):
     return " ".join(str(text).split())
-
-
-def name_of(error):
-    """An error in one line, with the place in our own files where it came up."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == HERE]
-    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {one_line(error)}{place}"
 
 
 def check_run(args):
@@ -350,14 +348,35 @@ def download(repository, file, **how):
     return hf_hub_download(repository, file, **how)
 
 
+class Config(dict):
+    """A model's config. What a check reads from it has to be there and to be what it should."""
+
+    def __init__(self, values, where):
+        super().__init__(values)
+        self.where = where  # flag, model, file
+
+    def number(self, name):
+        return self.checked(name, self.get(name))
+
+    def length(self, name):
+        values = self.get(name)
+        return self.checked(name, len(values) if isinstance(values, list) else None)
+
+    def checked(self, name, value):
+        flag, model, file = self.where
+        if type(value) is not int or not 0 < value < 10**6:
+            refuse(flag, model, f"a model whose {file} has a whole {name}, not {self.get(name)!r}")
+        return value
+
+
 def read_config(flag, model, file, *classes):
     """The config `file` of a model in a folder or on the Hub. Refuses a class that is not among `classes`, if given."""
     from huggingface_hub.errors import GatedRepoError
 
     try:
         path = Path(model, file) if Path(model).is_dir() else Path(download(model, file))
-        config = json.loads(read_text(flag, path))
-        found = dict(config)["_class_name"]
+        config = Config(json.loads(read_text(flag, path)), (flag, model, file))
+        found = config["_class_name"]
     except GatedRepoError:
         refuse(flag, model, f"open to you: accept its licence on https://huggingface.co/{model}, then `hf auth login`")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -379,9 +398,12 @@ def check_memory(args, config, lora_targets):
         return
     import diffusers
 
-    with torch.device("meta"):  # shapes without memory
-        policy = getattr(diffusers, config["_class_name"]).from_config(config)
-        add_lora(policy, args, lora_targets)
+    try:
+        with torch.device("meta"):  # shapes without memory
+            policy = getattr(diffusers, config["_class_name"]).from_config(dict(config))
+    except BROKEN_MODEL as error:
+        refuse("--model", args.pretrained_model_name_or_path, f"a model whose config diffusers can build ({error!r})")
+    add_lora(policy, args, lora_targets)
     total = sum(p.numel() for p in policy.parameters())
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     # A trained weight is four numbers in fp32: itself, its gradient, two moments. An average is a fifth.
@@ -445,10 +467,10 @@ def evaluation_is_due(run, step):
     return bool(run.eval_prompts) and (due if step else run.step == 0)
 
 
-def check_ratio(run, seen, iteration):
+def check_ratio(run, logged, iteration):
     """Returns the ratios before the first update, of all processes. They are 1 by definition: both policies are those
     of the rollout. Anything else is a bug and stops the run."""
-    ratios = everyone(torch.cat([part["ratio"] for part in seen]), run.device)
+    ratios = everyone(torch.cat([part["ratio"] for part in logged]), run.device)
     deviation = float((ratios - 1).abs().max())
     if not deviation <= run.args.ratio_tolerance:
         wanted = f"it has to be 0, or at most --ratio_tolerance {run.args.ratio_tolerance:g}"
@@ -458,20 +480,20 @@ def check_ratio(run, seen, iteration):
     return ratios
 
 
-def metrics_of(run, iteration, scores, advantages, flat_groups, first_ratios, seen, grad_norms, began):
-    """The metrics of an iteration, over all processes. seen: what is known of each trained transition, {name: (b,)} of
-    each micro-batch; every name but the ratio is logged as its mean. The iteration is done: run.pending keeps its
+def metrics_of(run, iteration, scores, advantages, flat_groups, first_ratios, logged, grad_norms, began):
+    """The metrics of an iteration, over all processes. logged: {name: (b,)} of each trained transition of each
+    micro-batch; the metrics have the mean of every name but the ratio. The iteration is done: run.pending keeps its
     metrics until they are recorded."""
     args, device = run.args, run.device
-    seen = {name: everyone(torch.cat([part[name] for part in seen]), device) for name in seen[0]}
-    ratio = seen.pop("ratio")
+    logged = {name: everyone(torch.cat([part[name] for part in logged]), device) for name in logged[0]}
+    ratio = logged.pop("ratio")
     scores = {name: everyone(score, device) for name, score in scores.items()}  # {name: (WORLD, B)}
     spreads = {name: score.view(-1, args.num_generations).std(1) for name, score in scores.items()}
     metrics = {"step": iteration + 1}
     metrics |= {f"reward/{name}": float(score.mean()) for name, score in scores.items()}
     metrics |= {f"reward_std/{name}": float(spread.mean()) for name, spread in spreads.items()}
     metrics |= {"advantage_abs_mean": float(everyone(advantages.abs().mean(), device).mean())}
-    metrics |= {name: float(values.mean()) for name, values in seen.items()}
+    metrics |= {name: float(values.mean()) for name, values in logged.items()}
     run.consistent = True
     run.pending = metrics | {
         "ratio_max_dev": float((first_ratios - 1).abs().max()),
@@ -510,15 +532,15 @@ def figures_of(run, iteration, scores, shown):
     return figures
 
 
-def print_header(run, transitions, dims, nats):
-    """What an iteration does, in numbers: `transitions` trained of a sample, `dims` of its latents, and the `nats` by
-    which the clip range lets their joint log-probability move."""
+def print_header(run, trained, steps, dims, nats):
+    """What an iteration does, in numbers: how many of a rollout's steps are trained, the dimensions of its latents, and
+    the nats by which the clip range lets their joint log-probability move."""
     args = run.args
     samples = args.prompts_per_step * args.num_generations
     kept = args.prompts_per_step * (args.best_of_n or args.num_generations)
     say(f"iteration    {args.prompts_per_step} prompts x {args.num_generations} = {samples} samples; trained: {kept}; "
-        f"updates: {args.num_updates}\ntransitions  {kept * transitions} trained: {transitions} of the "
-        f"{args.num_inference_steps} steps of a sample\nclip_range   {args.clip_range:g} on the mean over "
+        f"updates: {args.num_updates}\ntransitions  {kept * trained} trained: {trained} of the "
+        f"{steps} steps of a rollout\nclip_range   {args.clip_range:g} on the mean over "
         f"D = {dims:,} dimensions: {nats:.2g} nats of joint log-probability")  # fmt: skip
 
 
@@ -922,8 +944,9 @@ def claim_folder(args):
 
 
 @contextlib.contextmanager
-def loading():
-    """Ends the program with one line if weights are missing, not accessible, damaged, or not the pinned ones."""
+def loading(*expected):
+    """Ends the program with one line for a model or a file that cannot be used (RunError, and the `expected` errors).
+    Any other error is a bug, and keeps its traceback."""
     import diffusers
     import transformers
 
@@ -932,13 +955,21 @@ def loading():
     diffusers.utils.logging.set_verbosity_error()  # it would print each long prompt
     try:
         yield
-    except Exception as error:
-        sys.exit(f"{PROGRAM}: error: while loading: {name_of(error)}")
+    except (RunError, *expected) as error:
+        sys.exit(f"{PROGRAM}: error: while loading: {one_line(error)}")
+
+
+def from_pretrained(kind, model, **how):
+    """kind.from_pretrained(model, **how). Raises RunError for files that are missing, not accessible or damaged."""
+    try:
+        return kind.from_pretrained(model, **how)
+    except BROKEN_MODEL as error:
+        raise RunError(f"{model}: {type(error).__name__}: {one_line(error)}") from error
 
 
 def load_text_encoders(model, dtype):
-    """{part: network} for the parts of a pipeline that transformers loads. Raises ValueError for files that lack
-    weights, which transformers would draw at random."""
+    """{part: network} for the parts of a pipeline that transformers loads. Raises RunError for files that lack weights,
+    which transformers would draw at random."""
     import transformers
 
     parts = {}
@@ -947,20 +978,21 @@ def load_text_encoders(model, dtype):
             continue
         network = getattr(transformers, str(entry[1]), None)
         if isinstance(network, type) and issubclass(network, transformers.PreTrainedModel):
-            parts[part], info = network.from_pretrained(model, subfolder=part, dtype=dtype, output_loading_info=True)
+            how = dict(subfolder=part, dtype=dtype, output_loading_info=True)
+            parts[part], info = from_pretrained(network, model, **how)
             if info["missing_keys"]:
-                raise ValueError(f"{model}: the weights of {part} lack {min(info['missing_keys'])}")
+                raise RunError(f"{model}: the weights of {part} lack {min(info['missing_keys'])}")
     return parts
 
 
 def check_weights(model, parts):
-    """Raises ValueError for a network whose files lack a weight, or hold one that is not a finite number."""
+    """Raises RunError for a network whose files lack a weight, or hold one that is not a finite number."""
     for part in parts:
         for name, tensor in part.named_parameters():
             if tensor.is_meta:
-                raise ValueError(f"{model}: the weights of its {type(part).__name__} lack {name}")
+                raise RunError(f"{model}: the weights of its {type(part).__name__} lack {name}")
             if not tensor.isfinite().all():
-                raise ValueError(f"{model}: {name} of its {type(part).__name__} is not finite")
+                raise RunError(f"{model}: {name} of its {type(part).__name__} is not finite")
 
 
 def add_lora(policy, args, targets):
@@ -1013,6 +1045,16 @@ def prepare_policy(run, part, lora_targets):
 
 def open_folder(run):
     """Makes the folder of the run and writes args.json, or loads the checkpoint to continue from."""
+    try:
+        begin_or_continue(run)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{run.folder}: {error}") from error
+    say(f"preset       {run.args.preset}\nmodel        {run.args.pretrained_model_name_or_path} on {run.device}; "
+        f"processes: {WORLD}\ntrained      {sum(p.numel() for p in run.parameters):,} parameters of "
+        f"{run.policy_class.__name__}\noutput       {run.folder}")  # fmt: skip
+
+
+def begin_or_continue(run):
     (run.folder / "samples").mkdir(parents=True, exist_ok=True)
     if run.args.report_to == "tensorboard" and RANK == 0:
         from torch.utils.tensorboard import SummaryWriter
@@ -1038,9 +1080,6 @@ def open_folder(run):
         written["files"] = fingerprints(run.args)
         (run.folder / "args.part").write_text(json.dumps(written, indent=1))
         (run.folder / "args.part").replace(run.folder / "args.json")  # whole or not at all
-    say(f"preset       {run.args.preset}\nmodel        {run.args.pretrained_model_name_or_path} on {run.device}; "
-        f"processes: {WORLD}\ntrained      {sum(p.numel() for p in run.parameters):,} parameters of "
-        f"{run.policy_class.__name__}\noutput       {run.folder}")  # fmt: skip
 
 
 def finish(run):

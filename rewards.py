@@ -46,6 +46,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 
@@ -392,6 +393,10 @@ def over_frames(reward, label):
 # ---- SEVERAL REWARDS ---------------------------------------------------------------------------------------------
 class RewardError(RuntimeError):
     """A reward failed. If its own code raised an error, that is the cause."""
+
+
+class UnusableReward(RewardError, ValueError):
+    """A reward whose files cannot be used, or which cannot read the prompts. Found before a run begins."""
 
 
 class Rewards:
@@ -781,6 +786,14 @@ def check_path(model, path):
                 raise ValueError(f"path for '{model}': {path} is not laid out as VideoAlign, it has no {part}")
 
 
+def load_files(name, loader, *words):
+    """loader(*words). Libraries raise all kinds of errors for files that are missing or damaged; here they are one."""
+    try:
+        return loader(*words)
+    except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
+        raise UnusableReward(f"reward '{name}': {type(error).__name__}: {error}") from error
+
+
 def load_rewards(names, paths=None, device="cpu", dtype=None, chunk_size=8, file_fps=8.0):
     """Names as for --reward -> `Rewards`. Their models are frozen and see `chunk_size` samples at a time.
 
@@ -804,11 +817,11 @@ def load_rewards(names, paths=None, device="cpu", dtype=None, chunk_size=8, file
         if path:
             loaded[base] = own_reward(modules[path], function_name)
         elif base in REWARD_TOKENS and base not in loaded:
-            parts = load_videoalign(paths.get("videoalign"), device, dtype)
+            parts = load_files(name, load_videoalign, paths.get("videoalign"), device, dtype)
             video_reward = VideoAlignReward(names, *parts, file_fps, chunk_size)
             loaded |= {"vq": video_reward, "mq": video_reward, "ta": video_reward}
         elif base not in loaded:
-            loaded[base] = LOADERS[base](paths.get(base), device, dtype, chunk_size)
+            loaded[base] = load_files(name, LOADERS[base], paths.get(base), device, dtype, chunk_size)
         rewards[label] = over_frames(loaded[base], label) if reading else loaded[base]
     return Rewards(rewards)
 
@@ -851,22 +864,24 @@ def split_paths(pairs):
 
 @contextlib.contextmanager
 def blame(flag, words):
-    """Puts the flag and its words in front of a ValueError."""
+    """Turns a ValueError into argparse's error for bad input, with the flag and its words in front."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{flag} {' '.join(words)}: {error}") from error
+        raise argparse.ArgumentTypeError(f"{flag} {' '.join(words)}: {error}") from error
 
 
 def check_reward_flags(args, num_frames=1):
     """Refuses rewards that cannot work, before anything is loaded, downloaded or run.
 
-    num_frames: of a sample, 1 for images. Raises ValueError with the flag, its value and what would be accepted.
+    num_frames: of a sample, 1 for images. Raises argparse.ArgumentTypeError with the flag, its value and what would be
+    accepted.
     """
     for flag in ("reward_weights", "reward_thresholds"):
         values = getattr(args, flag)
         if values is not None and len(values) != len(args.reward):
-            raise ValueError(f"--{flag} {values}: must be {len(args.reward)} values, one for each of {args.reward}")
+            wanted = f"{len(args.reward)} values, one for each of {args.reward}"
+            raise argparse.ArgumentTypeError(f"--{flag} {values}: must be {wanted}")
     with blame("--reward_paths", args.reward_paths):
         check_reward_names([], split_paths(args.reward_paths))
     with blame("--reward", args.reward):
@@ -879,8 +894,8 @@ def load_reward_flags(args, device, prompts=(), eval_prompts=(), say=print):
     """The rewards to train with, then the watched ones: `first(len(args.reward))` gives the training rewards.
 
     A user's function may have an attribute `reads`: a function of a prompt, true if the reward can score it. A watched
-    reward that cannot read each of `eval_prompts` is left out; `say` prints a line. Raises ValueError for a training
-    reward that cannot read each of the prompts.
+    reward that cannot read each of `eval_prompts` is left out; `say` prints a line. Raises UnusableReward for a
+    training reward that cannot read each of the prompts, and for files that cannot be used.
     """
     rewards = load_rewards(args.reward + watched(args), split_paths(args.reward_paths), device)
     for number, (label, reward) in enumerate(list(rewards.rewards.items())):
@@ -888,7 +903,7 @@ def load_reward_flags(args, device, prompts=(), eval_prompts=(), say=print):
         reads = getattr(reward, "reads", lambda prompt: True)
         foreign = [prompt for prompt in (*(prompts if trained else ()), *eval_prompts) if not reads(prompt)]
         if foreign and trained:
-            raise ValueError(f"reward '{label}' cannot read the prompt {foreign[0]!r}")
+            raise UnusableReward(f"reward '{label}' cannot read the prompt {foreign[0]!r}")
         if foreign:
             say(f"not watched   {label}: it cannot read the prompt {foreign[0]!r}")
             del rewards.rewards[label]

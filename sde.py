@@ -2,10 +2,10 @@
 
 GRPO needs the likelihood of what the policy did. An ODE sampler has none: from a given start it
 does one thing with probability one. The SDE below takes Gaussian steps, which have a density, and
-still draws what the ODE draws.
+its samples still have the distribution of the ODE's.
 
 Every formula has a number, and the code that uses it carries that number. The tests that prove a
-formula are named below it. They are in tests/test_sde.py and read the formula from these comments.
+formula are named below it. They are in tests/test_sde.py, and parse these comments.
 """
 
 import math
@@ -64,16 +64,17 @@ class SDEStep(NamedTuple):
 
 
 def gaussian_step(mean, std, x0, next_latents=None, generator=None):
-    """Draws next_latents from N(mean, std²), or scores the given ones. Returns an SDEStep."""
+    """Draws next_latents from N(mean, std²), or gives the log_prob of given ones. std: number or tensor. -> SDEStep"""
+    std = per_row(std, mean)
     if next_latents is None:
-        # Draw even where std is 0: then the next draw does not depend on this step having noise.
+        # Draw also where std is 0: to switch off a step's noise leaves the later draws unchanged.
         noise = standard_normal(mean.shape, generator, mean.device, mean.dtype)
         next_latents = mean + std * noise  # (1)
     else:
         if next_latents.shape != mean.shape:
             raise ValueError(f"next_latents {next_latents.shape} is not shaped as {mean.shape}")
-        require(std > 0, "a step without noise has no density: there is nothing to score")
-    # One expression scores sampled and stored latents, so the ratio starts at exactly 1. Store the
+        require(std > 0, "a step without noise has no density: next_latents have no log_prob")
+    # One expression for sampled and for stored latents, so the ratio starts at exactly 1. Store the
     # latents in this dtype: rounded to bf16, they would be another action.
     next_latents = next_latents.detach().to(mean.dtype)  # (6)
     exponent = -((next_latents - mean) ** 2) / (2 * std**2)
@@ -176,8 +177,8 @@ def require(condition, message):
 #       By (7), x' should contain noise of variance σ'². A step leaves more; the excess is of order
 #       Δσ². Samples of few steps with a large η look grainy. Decoding the last x̂0, not x', helps.
 #       test_noise_budget, test_few_step_table
-#  (15) Var x' - right = (k² + std² - σ'²) - (1-σ' - k (1-σ)/σ)² V,  V = E Var[x0 | x]
-#       `right` is the variance that (7) has at σ'. The first term is the excess of (14). The second
+#  (15) Var x' - Var_path = (k² + std² - σ'²) - (1-σ' - k (1-σ)/σ)² V,  V = E Var[x0 | x]
+#       Var_path is the variance that (7) has at σ'. The first term is the excess of (14). The second
 #       is lost: (12) puts the mean x̂0 in place of x0, which spreads about it by V. The larger η, the
 #       more weighs the first. With few steps of the ODE only the second is left: samples are too
 #       much alike (data of std 0.3 come out with 0.225 after 16 steps at shift 3).
@@ -197,7 +198,7 @@ def flow_sigmas(num_steps, shift):
 
 
 def flow_sde_step(velocity, latents, sigma, sigma_next, eta, next_latents=None, generator=None):
-    """One transition of the flow SDE. Samples next_latents, or scores them if they are given.
+    """One transition of the flow SDE. Draws next_latents, or gives the log_prob of given ones.
 
     velocity, latents       (B, *L)
     sigma, sigma_next, eta  numbers, 0-D or (B,) tensors; eta = 0 is the ODE, which has no log_prob
@@ -299,7 +300,7 @@ def ddim_sde_step(
     noise_pred, latents, alpha_bar, alpha_bar_next, eta, next_latents=None, generator=None,
     prediction_type="epsilon",
 ):  # fmt: skip
-    """One transition of DDIM(eta). Samples next_latents, or scores them if they are given.
+    """One transition of DDIM(eta). Draws next_latents, or gives the log_prob of given ones.
 
     noise_pred, latents             (B, *L)
     alpha_bar, alpha_bar_next, eta  numbers, 0-D or (B,) tensors; 0 <= eta <= 1, and eta = 0 is the

@@ -17,6 +17,7 @@ from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError
 
 import grpo_flux as g
 import harness
+import rewards
 
 TINY = harness.HERE / "tiny"
 ANSWER = SimpleNamespace(headers={}, request=None)  # of the Hub, without its words
@@ -218,13 +219,13 @@ def test_weights_that_are_not_as_pinned_end_the_run_with_one_line(folder, monkey
     """Found where they are loaded: before the first step, with nothing written."""
 
     def refuse(*args):
-        raise ValueError("HPS_v2.1_compressed.pt: sha256 0, not 1;\ndownload it again")
+        raise rewards.UnusableReward("HPS_v2.1_compressed.pt: sha256 0, not 1;\ndownload it again")
 
     monkeypatch.setattr(g, "load_reward_flags", refuse)
     with pytest.raises(SystemExit) as stop:
         g.main(["--output_dir", str(folder / "new")])
     said = "HPS_v2.1_compressed.pt: sha256 0, not 1; download it again"
-    assert f": error: while loading: ValueError: {said}" in stop.value.code and "\n" not in stop.value.code
+    assert f": error: while loading: {said}" in stop.value.code and "\n" not in stop.value.code
     assert not [*(folder / "new").iterdir()]
 
 

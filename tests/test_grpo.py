@@ -557,9 +557,9 @@ def test_trained_are_a_share_of_the_transitions_with_noise_that_matters(flags, c
         assert [levels.index(level) for level, _, _ in log.scored] != trained  # and in each iteration
     assert metrics["ratio_transitions"] == rows * count
     assert math.isfinite(metrics["loss"])
-    harness.print_header(run, count, 1024, 10.24)
+    harness.print_header(run, count, 6, 1024, 10.24)
     header = capsys.readouterr().out
-    assert f"transitions  {rows * count} trained: {count} of the 6 steps of a sample" in header
+    assert f"transitions  {rows * count} trained: {count} of the 6 steps of a rollout" in header
     assert "2 prompts x 4 = 8 samples; trained: " + str(rows) in header
     assert "D = 1,024 dimensions: 10 nats" in header
 

@@ -127,7 +127,8 @@ def test_a_stopped_run_is_not_taken_for_a_finished_one_and_goes_on(few, monkeypa
     def watched(words, **kwargs):
         calls.append(words)
         if len(calls) == 1:
-            process = subprocess.Popen(words, cwd=kwargs["cwd"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            process = subprocess.Popen(words, cwd=kwargs["cwd"], env=kwargs["env"], **quiet)
             metrics = reproduce.folder_of(command, 0) / "metrics.jsonl"
             while not metrics.exists() or not metrics.read_text():
                 time.sleep(0.05)

@@ -887,7 +887,7 @@ def test_variance_of_a_flow_step(sigma, shrink, eta, centre):
     right = (1 - sigma_next) ** 2 * data_var + sigma_next**2
     kept = formula(14, "k").subs({ETA: eta, SIGMA: sigma, SIGMA1: sigma_next, DSIGMA: sigma_next - sigma})
     at = {SIGMA: sigma, SIGMA1: sigma_next, K: kept, STD: step.std.item(), symbol("V"): (weight * x0_var).sum().item()}
-    expected = float(formula(15, "Var x' - right").subs(at))
+    expected = float(formula(15, "Var x' - Var_path").subs(at))
     assert variance_after(step, weight) - right == pytest.approx(expected, rel=1e-6, abs=1e-8)
 
 

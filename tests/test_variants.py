@@ -80,8 +80,7 @@ def test_every_page_is_tested_and_small():
 
 def test_a_block_takes_the_place_of_the_lines_it_shows():
     page = "words\n```diff\n a\n-b\n+B\n+\n+C\n d\n```\n```diff other.py\n-a\n```\n"
-    assert apply.blocks_of(page, "one.py") == [(["a", "b", "d"], ["a", "B", "", "C", "d"])]
-    assert apply.blocks_of(page, "other.py")[1] == (["a"], [])
+    assert apply.blocks_of(page) == [([], ["a", "b", "d"], ["a", "B", "", "C", "d"]), (["other.py"], ["a"], [])]
 
 
 @pytest.mark.parametrize(
@@ -94,7 +93,8 @@ def test_a_block_fits_whole_lines_once_or_is_named(text, places, tmp_path, monke
     if places == 1:
         assert apply.change(text, ["page"], "x.py") == text.replace("b", "B")
     else:
-        with pytest.raises(ValueError, match=f"page.md: the block 'a' fits x.py in {places} places"):
+        where = "occurs 2 times in x.py" if places else "is not in x.py"
+        with pytest.raises(ValueError, match=f"page.md: the block that begins with 'a' {where}"):
             apply.change(text, ["page"], "x.py")
 
 
@@ -102,9 +102,10 @@ def test_a_block_fits_whole_lines_once_or_is_named(text, places, tmp_path, monke
     "words, said",
     [
         ("typo grpo_flux.py", "there is no page typo; there are "),
-        ("flow_grpo grpo_sd14.py", "flow_grpo.md: the block 'return flow_sigmas("),
-        ("bugs/sign_of_the_score grpo_flux.py", "has no change for grpo_flux.py"),
-        ("kl kl grpo_flux.py", "kl.md: the block '"),
+        ("flow_grpo grpo_sd14.py", "flow_grpo.md: the block that begins with 'return flow_sigmas("),
+        ("bugs/sign_of_the_score grpo_flux.py", "has blocks for sde.py; none of them is for grpo_flux.py"),
+        ("ddpo ddpo grpo_flux.py", "ddpo.md: the block that begins with 'advantages, flat_groups = "),
+        ("grpo_flux.py", "must be names of pages and then a script"),
         ("kl nothing.py", "nothing.py"),
     ],
 )
@@ -117,6 +118,17 @@ def test_what_does_not_fit_is_refused_in_one_line(words, said):
 def test_pages_that_do_not_touch_go_together_in_any_order():
     text = (ROOT / "grpo_flux.py").read_text()
     assert apply.change(text, ["kl", "cps"], "grpo_flux.py") == apply.change(text, ["cps", "kl"], "grpo_flux.py")
+
+
+@pytest.mark.parametrize("script, clock", [("grpo_flux", "return sigma"), ("grpo_sd14", "return math.sqrt(1 / alpha_bar")])
+def test_a_page_fits_a_changed_script_of_any_name(script, clock):
+    """Pages one after the other; those blocks that are for certain files find the script by its lines."""
+    text = (ROOT / f"{script}.py").read_text()
+    once = apply.change(text, ["kl", "flash"], f"{script}.py")
+    mine = apply.change(apply.change(text, ["kl"], f"{script}.py"), ["flash"], "my_kl.py")
+    assert once == mine and clock in mine and mine.count("def clock") == 1
+    with pytest.raises(ValueError, match="has blocks for .* none of them is for other.py"):
+        apply.change("nothing", ["flash"], "other.py")
 
 
 def test_a_former_flag_is_refused_with_the_page_that_has_it(capsys):
@@ -252,7 +264,8 @@ def test_after_a_resume_the_base_model_is_the_one_before_training(build):
     run.step = 1
     harness.save_checkpoint(run)
     os.close(run.lock)
-    args = g.parse_args([*argv(run.folder.parent, run.folder, **WINDOW, kl_beta=0.1), "--resume_from_checkpoint", "latest"])
+    flags = WINDOW | dict(kl_beta=0.1, resume_from_checkpoint="latest")
+    args = g.parse_args(argv(run.folder.parent, run.folder, **flags))
     resumed = g.make_run(args)
     assert all(map(torch.equal, resumed.base_weights, run.base_weights))
     assert not torch.equal(flat(resumed.parameters), flat(resumed.base_weights))
@@ -428,8 +441,8 @@ def test_second_order_converges_as_h_squared(script):
 
 @pytest.mark.parametrize("init_same_noise", [True, False])
 def test_flash_calls_the_network_for_what_differs(init_same_noise, build, monkeypatch):
-    """Two groups of four: before the window one row for each noise; in it and after it all rows. The window starts where
-    the ODE of its group arrives, and the ratio is 1."""
+    """Two groups of four: before the window one row for each noise; in it and after it all rows. The window starts
+    where the ODE of its group arrives, and the ratio is 1."""
     g = variant_of("grpo_flux", "flash")
     flags = dict(num_inference_steps=8, sde_window=2, sde_window_range=(3, 3), tail_steps=2, eta=0.7)
     run = build(g, **flags, init_same_noise=init_same_noise)
