@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -57,7 +58,7 @@ FPS = 8  # frames a second of an animation (authors' scripts)
 PROGRAM = Path(sys.argv[0]).name
 # What libraries raise for files of a model that are missing or damaged: caught around these calls and nowhere else.
 BROKEN_MODEL = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError)
-BROKEN_MODEL += (TypeError, ValueError, SafetensorError)
+BROKEN_MODEL += (TypeError, ValueError, SafetensorError, pickle.UnpicklingError)
 
 
 class RunError(RuntimeError):

@@ -62,7 +62,7 @@ def test_all_of_the_difference_stands_where_it_may(script):
         return [
             line
             for line in functions.splitlines()
-            if not re.search(r"^    flag\(|set_defaults|known|harness.parse", line)
+            if not re.search(r"^    flag\(|add_reward_flags|set_defaults|known|harness.parse", line)
         ]
 
     assert rest(script) == rest("grpo_flux")
