@@ -140,7 +140,7 @@ def load_models(args, device):
 @torch.no_grad()
 def encode_prompts(models, args, prompts):
     """n prompts -> cond: T5's (n, S, C) and CLIP's (n, C') embeddings."""
-    length = models.pipe.tokenizer_2.model_max_length
+    length = min(512, models.pipe.tokenizer_2.model_max_length)  # the pipeline's limit
     tokens, pooled, _ = models.pipe.encode_prompt(prompts, None, device=models.device, max_sequence_length=length)
     return {"encoder_hidden_states": tokens, "pooled_projections": pooled}
 

@@ -132,6 +132,8 @@ def check_scheduler(args):
     train_steps = config.num_train_timesteps
     if config.prediction_type != "epsilon":
         refuse("--model", name, f"a model that predicts epsilon, not {config.prediction_type}")
+    if config.rescale_betas_zero_snr:
+        refuse("--model", name, "a schedule that begins above alpha_bar 0: (22) finds no x0 in pure noise")
     if T >= train_steps:
         refuse("--num_inference_steps", T, f"below {train_steps}")
     ddim = ddim_scheduler(name, T)

@@ -14,7 +14,6 @@ import argparse
 import atexit
 import contextlib
 import ctypes
-import fcntl
 import glob
 import hashlib
 import itertools
@@ -32,6 +31,7 @@ import time
 import traceback
 import warnings
 from datetime import timedelta
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,17 +42,21 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from tqdm import tqdm
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # silences its advice to install torchvision
-for harmless in (".*local_dir_use_symlinks", "torch.distributed is disabled", "FSDP2-wrapped module", "Corrupt EXIF"):
+for harmless in (".*local_dir_use_symlinks", "torch.distributed is disabled", "FSDP2-wrapped module", "Corrupt EXIF", "Glyph"):
     warnings.filterwarnings("ignore", message=harmless)
 
 HERE = Path(__file__).resolve().parent
-RANK = int(os.environ.get("RANK", 0))  # torchrun sets these three
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK") or 0)  # torchrun sets these three
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)
+WORLD = int(os.environ.get("WORLD_SIZE") or 1)
+for stream in (sys.stdout, sys.stderr):
+    if hasattr(stream, "reconfigure"):  # a message that the terminal cannot show never ends a run
+        stream.reconfigure(errors="backslashreplace")
 SHOWN = 24  # samples in a picture
 FPS = 8  # frames a second of an animation (authors' scripts)
 PROGRAM = Path(sys.argv[0]).name
@@ -144,7 +148,7 @@ def add_run_flags(parser):
     flag("--validation_steps", type=count, default=20, help="iterations between evaluations")
     flag("--max_train_steps", type=count, help="iterations")
     flag("--seed", type=whole, default=0, help="of prompts, noise, windows, transitions and a LoRA's first weights")
-    flag("--output_dir", help="default: outputs/SCRIPT-PRESET-TIME")
+    flag("--output_dir", type=os.path.expanduser, help="default: outputs/SCRIPT-PRESET-TIME")
     flag("--checkpointing_steps", type=count, default=40, help="iterations between checkpoints (script of FLUX)")
     flag("--checkpoints_total_limit", type=count, default=2, help="older checkpoints are deleted")
     flag("--resume_from_checkpoint", metavar="CHECKPOINT", help="'latest', in --output_dir, or a checkpoint folder")
@@ -155,11 +159,24 @@ def parse(parser, argv, *checks):
     """The arguments. Each check refuses bad ones, before any model loads. Any other error is a bug in a check."""
     args = parser.parse_args(argv)
     try:
+        check_surroundings()
         for check in checks:
             check(args)
     except (argparse.ArgumentTypeError, RunError) as error:
         parser.error(one_line(error))
     return args
+
+
+def check_surroundings():
+    """Refuses libraries that are older than those of requirements.txt: before, they ignored `dtype` and loaded all in fp32.
+    Refuses what is left of torchrun in a shell."""
+    pinned = dict(re.findall(r"^([\w-]+)==(\d+\.\d+)", (HERE / "requirements.txt").read_text(), re.M))
+    for name in ("diffusers", "transformers"):
+        found = metadata.version(name)
+        if [int(n) for n in re.findall(r"\d+", found)[:2]] < [int(n) for n in pinned[name].split(".")]:
+            refuse(name, found, f"{pinned[name]} or newer: pip install -r requirements.txt")
+    if (WORLD > 1 or RANK > 0) and "MASTER_ADDR" not in os.environ:
+        refuse("WORLD_SIZE and RANK", f"{WORLD} and {RANK}", "set by torchrun, which also sets MASTER_ADDR: unset them")
 
 
 def one_line(text):
@@ -226,7 +243,9 @@ def check_resume(args):
         if name not in MAY_CHANGE and before.get(name) != value:
             refuse(f"--{name}", value, f"{before.get(name)}, as in the run that is continued")
     for path, known in fingerprints(args).items():
-        if files.get(path) != known:
+        if path.endswith(".py") and files.get(path) != known:
+            say(f"resumed      with another {path}: a reward may be mended, but the run is no longer the unbroken one")
+        elif files.get(path) != known:
             refuse(flag, args.resume_from_checkpoint, f"of a run with unchanged files: {path} has changed")
     if checkpoint and RANK == 0:
         check_checkpoint(flag, checkpoint)
@@ -283,8 +302,10 @@ def read_prompts(flag, path):
     if path.startswith("hf://") and (not address or ".." in path):
         refuse(flag, path, "hf://datasets/OWNER/NAME/FILE, or .../NAME@REVISION/FILE")
     try:
-        files = sorted(Path(path).glob("*.txt")) if Path(path).is_dir() else [Path(path)]
-        if not all(file.suffix in (".txt", ".jsonl") for file in files):
+        files = [Path(path)]
+        if Path(path).is_dir():
+            files, _ = texts_and_pictures(path)
+        if not all(file.suffix.lower() in (".txt", ".jsonl") for file in files):
             refuse(flag, path, "a .txt with a prompt in each line, or a .jsonl of objects with 'prompt'")
         if address:
             files = [Path(download(address[1], address[3], repo_type="dataset", revision=address[2]))]
@@ -292,6 +313,8 @@ def read_prompts(flag, path):
         prompts = [json.loads(line)["prompt"] for line in lines] if path.endswith(".jsonl") else lines
         for prompt in prompts:
             prompt.encode()  # half of a surrogate pair is no text
+    except Refused:
+        raise
     except (OSError, RecursionError, ValueError, KeyError, TypeError, AttributeError) as error:
         refuse(flag, path, f"a UTF-8 file of prompts, .txt or .jsonl ({type(error).__name__}: {error})")
     if not prompts or not all(prompt.strip() for prompt in prompts):
@@ -307,7 +330,19 @@ def read_text(flag, file):
         refuse(flag, file, "a text of at most 32 MiB")
     data = file.read_bytes()
     encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
-    return data.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
+    try:
+        return data.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        refuse(flag, file, f"a text in UTF-8 ({error})")
+
+
+def texts_and_pictures(folder):
+    """The .txt files and the image files of a folder. Hidden files, and what is neither, do not count."""
+    from PIL import Image
+
+    files = [file for file in sorted(Path(folder).absolute().iterdir()) if not file.name.startswith(".")]
+    texts = [file for file in files if file.suffix.lower() == ".txt"]
+    return texts, [file for file in files if file.suffix.lower() in Image.registered_extensions()]
 
 
 def captioned_images(args):
@@ -316,8 +351,11 @@ def captioned_images(args):
 
     images = {}
     for folder in filter(None, (args.images, args.eval_prompts)):
-        for text in sorted(Path(folder).absolute().glob("*.txt")):
-            files = [file for file in text.parent.glob(f"{glob.escape(text.stem)}.*") if file != text]
+        if not Path(folder).is_dir():
+            continue
+        texts, pictures = texts_and_pictures(folder)
+        for text in texts:
+            files = [file for file in pictures if file.stem == text.stem]
             caption = read_text("--images", text).strip()
             if len(files) != 1 or not caption or "\n" in caption or images.setdefault(caption, files[0]) != files[0]:
                 refuse("--images", text, "one line beside one image, and no other image may have the same caption")
@@ -582,17 +620,32 @@ def mean_of(lines, key):
     return sum(metrics[key] for metrics in lines) / len(lines)
 
 
+def new_figure(**how):
+    """A figure that is drawn into memory, whatever backend the surroundings ask for; notebooks name one in MPLBACKEND
+    that need not be installed, and importing matplotlib would fail."""
+    asked = os.environ.pop("MPLBACKEND", None)
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    finally:
+        if asked is not None:
+            os.environ["MPLBACKEND"] = asked
+    figure = Figure(layout="constrained", **how)
+    FigureCanvasAgg(figure)
+    return figure
+
+
 def draw_samples(samples, prompts, step, path):
     """Draws at most SHOWN samples under their prompts: images (b, 3, H, W) as path.png, videos (b, F, 3, H, W) as the
     animation path.webp."""
-    import matplotlib.pyplot as plt
     import numpy as np
     from PIL import Image
 
     videos = (samples if samples.ndim == 5 else samples[:, None]).permute(0, 1, 3, 4, 2).numpy()
     dpi = 100 if videos.shape[1] > 1 else max(100, 0.7 * videos.shape[3])  # images at their own size
     rows = math.ceil(len(videos) / 8)
-    figure, axes = plt.subplots(rows, 8, figsize=(12, 0.5 + 1.9 * rows), layout="constrained", dpi=dpi)
+    figure = new_figure(figsize=(12, 0.5 + 1.9 * rows), dpi=dpi)
+    axes = figure.subplots(rows, 8)
     figure.suptitle(f"held-out prompts, iteration {step}")
     for axis in axes.flat:
         axis.axis("off")
@@ -605,7 +658,6 @@ def draw_samples(samples, prompts, step, path):
             cell.set_data(video[number])
         figure.canvas.draw()
         frames.append(Image.fromarray(np.array(figure.canvas.buffer_rgba())).convert("RGB"))
-    plt.close(figure)
     if len(frames) == 1:
         frames[0].save(path.with_suffix(".png"))
     else:
@@ -615,11 +667,10 @@ def draw_samples(samples, prompts, step, path):
 
 def draw_curves(folder):
     """curve.png: each reward against the iteration, on training prompts (SDE) and on held-out prompts (ODE)."""
-    import matplotlib.pyplot as plt
-
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     names = list(dict.fromkeys(k.split("/")[1] for line in lines for k in line if k.startswith(("reward/", "eval/"))))
-    figure, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 3), squeeze=False, layout="constrained")
+    figure = new_figure(figsize=(3.4 * len(names), 3))
+    axes = figure.subplots(1, len(names), squeeze=False)
     for name, axis in zip(names, axes[0]):
         for key, label in ((f"reward/{name}", "training prompts, SDE"), (f"eval/{name}", "held-out prompts, ODE")):
             points = [(line["step"], line[key]) for line in lines if key in line]
@@ -628,7 +679,6 @@ def draw_curves(folder):
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8)
     figure.savefig(folder / "curve.png")
-    plt.close(figure)
 
 
 # ---- CHECKPOINTS ---------------------------------------------------------------------------------------------
@@ -647,14 +697,15 @@ def iterations(run):
 
 @contextlib.contextmanager
 def keep_last_iteration(run, *expected):
-    """Whatever ends the loop inside, the last whole iteration is saved. A first SIGINT or SIGTERM lets the iteration
+    """Whatever ends the loop inside, the last whole iteration is saved. A first SIGINT, SIGTERM or SIGHUP lets the iteration
     under way finish; a second one does not wait. The `expected` errors end the program with one line and status 1."""
 
     def ask_to_stop(number, frame):
         run.signalled = True
         signal.signal(number, signal.SIG_DFL)
 
-    handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
+    handlers = {getattr(signal, name): signal.signal(getattr(signal, name), ask_to_stop) for name in names}
     failed = True
     reason = ""
     try:
@@ -681,7 +732,7 @@ def keep_last_iteration(run, *expected):
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if run.lock is not None:
-            os.close(run.lock)
+            run.lock.release()
     if reason:
         kept = max((run.folder / "checkpoints").glob("step_??????"), default="none")
         sys.exit(f"{PROGRAM}: error: after iteration {run.step}: {reason}. Last checkpoint: {kept}")
@@ -853,7 +904,11 @@ def conditions(run, prompts):
 
 
 def stack(conditions, device):
-    """Conditions of b samples, as one {name: (b, ...)} on the device."""
+    """Conditions of b samples, as one {name: (b, ...)} on the device. All of a name must have one shape."""
+    for name in conditions[0]:
+        shapes = {tuple(cond[name].shape) for cond in conditions}
+        if len(shapes) > 1:
+            raise ValueError(f"encode_prompts must pad: '{name}' has the shapes {sorted(shapes)} in one micro-batch")
     return {name: torch.cat([cond[name] for cond in conditions]).to(device) for name in conditions[0]}
 
 
@@ -900,6 +955,11 @@ def start_run(args):
         names = [args.output_dir]
         dist.broadcast_object_list(names)
         args.output_dir = names[0]
+    if vars(args).get("images"):
+        texts, pictures = texts_and_pictures(args.images)
+        alone = sorted({file.stem for file in pictures} - {file.stem for file in texts})
+        if alone:
+            say(f"left out     {len(alone)} images of {args.images} without a caption, such as {alone[0]}")
     args.output_dir = str(Path(args.output_dir).absolute())  # a reward may change the working directory
     return SimpleNamespace(
         args=args, device=device, folder=Path(args.output_dir),
@@ -928,18 +988,19 @@ def claim_folder(args):
     if args.output_dir is None:
         name = f"outputs/{Path(PROGRAM).stem}-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
         names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
         for args.output_dir in names:
+            if not os.access(".", os.W_OK):
+                break  # the lock below says so
             with contextlib.suppress(FileExistsError):
-                Path(args.output_dir).mkdir()
+                Path(args.output_dir).mkdir(parents=True)
                 break
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    lock = os.open(args.output_dir, os.O_RDONLY)
+    lock = FileLock(Path(args.output_dir, ".lock"))
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(f"{PROGRAM}: error: --output_dir {args.output_dir}: must be a folder that no other run is using now",
-              file=sys.stderr)  # fmt: skip
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except (OSError, Timeout) as error:
+        accepted = "a folder that no other run is using now" if isinstance(error, Timeout) else f"writable ({error})"
+        print(f"{PROGRAM}: error: --output_dir {args.output_dir}: must be {accepted}", file=sys.stderr)
         sys.exit(2)
     return lock
 
@@ -965,7 +1026,10 @@ def from_pretrained(kind, model, **how):
     try:
         return kind.from_pretrained(model, **how)
     except BROKEN_MODEL as error:
-        raise RunError(f"{model}: {type(error).__name__}: {one_line(error)}") from error
+        hint = ""
+        if Path(model).is_dir() and list(Path(model).glob("**/*.fp16.safetensors")):
+            hint = " (it has *.fp16.safetensors: a variant; save it without, or rename its files)"
+        raise RunError(f"{model}: {type(error).__name__}: {one_line(error)}{hint}") from error
 
 
 def load_text_encoders(model, dtype):
@@ -1000,9 +1064,10 @@ def add_lora(policy, args, targets):
     """A LoRA of `rank` on the `targets`, the rest frozen. Without a rank every weight is trained."""
     policy.requires_grad_(not args.rank)
     if args.rank:
-        from peft import LoraConfig
+        from peft import LoraConfig, inject_adapter_in_model
 
-        policy.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, target_modules=targets))
+        config = LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, target_modules=targets)
+        inject_adapter_in_model(config, policy)
 
 
 def prepare_policy(run, part, lora_targets):

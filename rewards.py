@@ -29,18 +29,21 @@ takes its place. Downloads are pinned: a repository by its commit, a pickled fil
 import argparse
 import ast
 import contextlib
+import functools
 import hashlib
 import html
 import importlib.util
 import io
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
 
 # Write transformers.CLIPModel, not `from transformers import CLIPModel`: transformers and huggingface_hub load their
 # parts on first use. The command line checks names with this file and must answer before these parts load.
+import ftfy
 import huggingface_hub
 import torch
 import torch.nn.functional as F
@@ -135,7 +138,7 @@ def letterbox(images, size):
     """
     height, width = images.shape[-2:]
     scale = size / max(height, width)
-    images = resize(images, round(height * scale), round(width * scale))
+    images = resize(images, max(1, round(height * scale)), max(1, round(width * scale)))
     rows, columns = size - images.shape[-2], size - images.shape[-1]
     top, left = rows // 2, columns // 2
     return F.pad(images, (left, columns - left, top, rows - top))
@@ -146,8 +149,9 @@ def squash(images, size):
     return quantise(resize(images, size, size))
 
 
-def centre_crop(images, size):
-    """(B, 3, H, W) -> (B, 3, size, size) in [0, 1]: the short side becomes `size`, and the middle is kept.
+def centre_crop(images, size, rounded=False):
+    """(B, 3, H, W) -> (B, 3, size, size) in [0, 1]: the short side becomes `size`, and the middle is kept. If what is cut
+    off is odd, the crop begins at half of it, rounded down (transformers) or `rounded` to the even one (torchvision).
 
     CLIP's own preprocessing. It multiplies before it divides. `size * (long / short)` would be one pixel shorter for
     some sizes.
@@ -155,7 +159,7 @@ def centre_crop(images, size):
     height, width = images.shape[-2:]
     short = min(height, width)
     height, width = int(size * height / short), int(size * width / short)
-    top, left = (height - size) // 2, (width - size) // 2
+    top, left = (round(odd / 2) if rounded else odd // 2 for odd in (height - size, width - size))
     return quantise(resize(images, height, width))[..., top : top + size, left : left + size]
 
 
@@ -213,24 +217,26 @@ def patchify(videos, patch, merge):
 
 # ---- REWARDS OF IMAGES -------------------------------------------------------------------------------------------
 def clean(prompt):
-    """The part of CLIP's text clean-up that its tokenizer lacks: HTML entities and curly quotes become plain."""
-    prompt = html.unescape(html.unescape(prompt))
-    return prompt.translate(str.maketrans("‘’“”", "''\"\""))
+    """The clean-up of text in the code of HPSv2 and of open_clip: ftfy mends it, and HTML entities become plain. What is
+    left of it, lower case and single spaces, is done by the tokenizer."""
+    return html.unescape(html.unescape(ftfy.fix_text(prompt)))
 
 
 class ClipReward:
     """{name: cosine between the embeddings of an image and of its own prompt}, float32 (B,).
 
     hps, clip and pick are this class, with different weights and a different `fit`: letterbox, squash or centre_crop.
+    `tidy` is what is done to a prompt: `clean`, and nothing for PickScore, whose own processor does nothing.
     The model says which image size and which prompt length it takes. The logit scale is left out: it multiplies all
     scores, and normalisation in a group divides by it again.
     """
 
-    def __init__(self, name, model, tokenizer, fit, chunk_size=8):
+    def __init__(self, name, model, tokenizer, fit, chunk_size=8, tidy=clean):
         self.name = name
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.fit = fit
+        self.tidy = tidy
         self.chunk_size = chunk_size
 
     def image_features(self, images):
@@ -246,7 +252,7 @@ class ClipReward:
         """B strings -> (B, D), float32, of length 1. A prompt that occurs twice is encoded once."""
         distinct = list(dict.fromkeys(prompts))
         tokens = self.tokenizer(
-            [clean(prompt) for prompt in distinct], padding="max_length", truncation=True,
+            [self.tidy(prompt) for prompt in distinct], padding="max_length", truncation=True,
             max_length=self.model.config.text_config.max_position_embeddings, return_tensors="pt",
         ).input_ids.to(self.model.device)  # fmt: skip
         features = []
@@ -267,7 +273,7 @@ class AestheticReward(ClipReward):
     """{"aesthetic": weight · image embedding + bias}, float32 (B,). It does not look at the prompts."""
 
     def __init__(self, model, head, chunk_size=8):
-        super().__init__("aesthetic", model, None, centre_crop, chunk_size)
+        super().__init__("aesthetic", model, None, functools.partial(centre_crop, rounded=True), chunk_size)
         self.weight, self.bias = fold_linears(head)
 
     @torch.no_grad()
@@ -387,6 +393,7 @@ def over_frames(reward, label):
         return {label: scores.view(-1, frames).mean(1)}
 
     score.reads = getattr(reward, "reads", lambda prompt: True)
+    score.size = getattr(reward, "size", None)
     return score
 
 
@@ -607,11 +614,11 @@ def read_template(path, sha256):
 # In the loaders, `path` is None for the original model. Else it is a folder with a CLIPModel and its tokenizer, or a
 # repository, see `fetch`. How an image is fitted depends on the reward's name and not on the path. On square images all
 # three ways are the same plain resize.
-def load_clip(name, path, fit, device, dtype, chunk_size):
+def load_clip(name, path, fit, device, dtype, chunk_size, tidy=clean):
     folder = fetch(path)
     model = load_strictly(transformers.CLIPModel, folder, device, dtype)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    return ClipReward(name, model, tokenizer, fit, chunk_size)
+    return ClipReward(name, model, tokenizer, fit, chunk_size, tidy)
 
 
 def load_hps(path, device, dtype, chunk_size):
@@ -637,7 +644,7 @@ def load_dfn(path, device, dtype, chunk_size):
 
 def load_pickscore(path, device, dtype, chunk_size):
     """PickScore v1 (arXiv:2305.01569), without the factor of 100 of its model card."""
-    return load_clip("pick", path or PICKSCORE, centre_crop, device, dtype, chunk_size)
+    return load_clip("pick", path or PICKSCORE, centre_crop, device, dtype, chunk_size, tidy=str)
 
 
 def load_aesthetic(path, device, dtype, chunk_size):
@@ -678,7 +685,19 @@ def load_videoalign(path, device, dtype):
 
 
 def run_file(path):
-    """Runs a Python file and returns it as a module. Modules beside the file are found."""
+    """Runs a Python file and returns it as a module. Modules beside the file are found. Files of inference code often
+    switch gradients off, or set a type or a device for all that follows: that is put back."""
+    before = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device(), os.getcwd()
+    try:
+        return run_module(path)
+    finally:
+        torch.set_grad_enabled(before[0])
+        torch.set_default_dtype(before[1])
+        torch.set_default_device(before[2])
+        os.chdir(before[3])
+
+
+def run_module(path):
     folder = str(Path(path).resolve().parent)
     if folder not in sys.path:
         sys.path.append(folder)
@@ -697,6 +716,7 @@ def own_reward(module, function_name):
         return {function_name: function(media, prompts)}
 
     score.reads = getattr(function, "reads", lambda prompt: True)
+    score.size = getattr(function, "size", None)
     return score
 
 
@@ -893,8 +913,9 @@ def check_reward_flags(args, num_frames=1):
 def load_reward_flags(args, device, prompts=(), eval_prompts=(), say=print):
     """The rewards to train with, then the watched ones: `first(len(args.reward))` gives the training rewards.
 
-    A user's function may have an attribute `reads`: a function of a prompt, true if the reward can score it. A watched
-    reward that cannot read each of `eval_prompts` is left out; `say` prints a line. Raises UnusableReward for a
+    A user's function may have an attribute `reads`: a function of a prompt, true if the reward can score it; and `size`,
+    the one (height, width) that it takes. A watched reward that cannot read each of `eval_prompts`, or not samples of
+    this size, is left out; `say` prints a line. Raises UnusableReward for a
     training reward that cannot read each of the prompts, and for files that cannot be used.
     """
     rewards = load_rewards(args.reward + watched(args), split_paths(args.reward_paths), device)
@@ -902,10 +923,13 @@ def load_reward_flags(args, device, prompts=(), eval_prompts=(), say=print):
         trained = number < len(args.reward)
         reads = getattr(reward, "reads", lambda prompt: True)
         foreign = [prompt for prompt in (*(prompts if trained else ()), *eval_prompts) if not reads(prompt)]
-        if foreign and trained:
-            raise UnusableReward(f"reward '{label}' cannot read the prompt {foreign[0]!r}")
-        if foreign:
-            say(f"not watched   {label}: it cannot read the prompt {foreign[0]!r}")
+        reason = f"it cannot read the prompt {foreign[0]!r}" if foreign else ""
+        if getattr(reward, "size", None) not in (None, (args.height, args.width)):
+            reason = f"it takes samples of {reward.size[0]} x {reward.size[1]} only"
+        if reason and trained:
+            raise UnusableReward(f"reward '{label}': {reason}")
+        if reason:
+            say(f"not watched   {label}: {reason}")
             del rewards.rewards[label]
             rewards.labels.remove(label)
     return rewards

@@ -255,7 +255,7 @@ def verdict(module, words, load):
                 shutil.rmtree("loaded", ignore_errors=True)
                 args.output_dir = "loaded"
                 run = module.make_run(args)
-                os.close(run.lock)
+                run.lock.release()
     except SystemExit as stop:
         one = error.getvalue().count("\n") == 1 and stop.code == 2
         if stop.code == 0:

@@ -6,3 +6,5 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # what is not here is not to be had: else ea
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait do not take the core from other processes
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # each of pytest-xdist's processes has a core
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+pytest_plugins = ["pytester"]  # runs a test on a script with a bug in it

@@ -88,7 +88,7 @@ def test_a_watched_reward_that_cannot_read_a_prompt_is_left_out_and_named(files,
 
 def test_a_training_reward_that_cannot_read_a_prompt_ends_the_run_before_it_starts(files):
     with pytest.raises(
-        SystemExit, match="while loading.*reward 'only_red' cannot read the prompt 'a lamp beside a window'"
+        SystemExit, match="while loading.*reward 'only_red': it cannot read the prompt 'a lamp beside a window'"
     ):
         run_of("--reward", "own.py:only_red")
     assert not Path("run/metrics.jsonl").exists()
@@ -278,7 +278,7 @@ def test_runs_that_start_in_one_second_have_their_own_folders(files, monkeypatch
     folders = []
     for _ in range(3):
         args = g.parse_args(["--prompts", "prompts.txt"])
-        os.close(harness.claim_folder(args))
+        harness.claim_folder(args).release()
         folders.append(Path(args.output_dir).name)
     assert len({*folders}) == 3 and all("20000101-000000" in folder for folder in folders)
 
@@ -289,8 +289,8 @@ def test_a_folder_in_use_is_refused_to_a_second_run(files, capsys):
     with pytest.raises(SystemExit) as stop:
         harness.claim_folder(args)
     assert stop.value.code == 2 and "run: must be a folder that no other run is using" in capsys.readouterr().err
-    os.close(lock)
-    os.close(harness.claim_folder(args))
+    lock.release()
+    harness.claim_folder(args).release()
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_over(files, capsys):
@@ -304,14 +304,13 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_over(files, ca
     assert [line["step"] for line in again] == [0, 1] and again[1]["grad_norm"] == whole[1]["grad_norm"]
 
 
-@pytest.mark.parametrize("kind", ["prompts.txt", "own.py"])
-def test_a_run_does_not_go_on_with_other_inputs(kind, files, capsys):
+def test_a_run_does_not_go_on_with_other_prompts(files, capsys):
     run_of()
-    with open(kind, "a") as file:
-        file.write("\n# a blue ring\n")
+    with open("prompts.txt", "a") as file:
+        file.write("\na blue ring\n")
     words = [*FEW, "--output_dir", "run", "--prompts", "prompts.txt", "--eval_prompts", "prompts.txt"]
     error = refused(capsys, g, *words, "--reward", "own.py:bright", "--resume_from_checkpoint", "latest")
-    assert f"{kind} has changed" in error
+    assert "prompts.txt has changed" in error
 
 
 DAMAGE = {

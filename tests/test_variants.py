@@ -6,7 +6,6 @@ import importlib
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 import types
@@ -263,7 +262,7 @@ def test_after_a_resume_the_base_model_is_the_one_before_training(build):
     g.train_step(run, 0)
     run.step = 1
     harness.save_checkpoint(run)
-    os.close(run.lock)
+    run.lock.release()
     flags = WINDOW | dict(kl_beta=0.1, resume_from_checkpoint="latest")
     args = g.parse_args(argv(run.folder.parent, run.folder, **flags))
     resumed = g.make_run(args)
@@ -501,21 +500,21 @@ def bug(page):
 
 
 @pytest.mark.parametrize("page", BUGS)
-def test_a_bug_of_the_zoo_is_caught_by_the_test_that_is_named(page, tmp_path):
+def test_a_bug_of_the_zoo_is_caught_by_the_test_that_is_named(page, pytester, monkeypatch):
+    """The test runs in this process, beside scripts that import the file with the bug."""
     file, test = bug(page)
-    for name in [*ROOT.glob("*.py"), ROOT / "README.md"]:
-        shutil.copy(name, tmp_path)
-    for folder in ("tests", "variants", *(["harness"] if (ROOT / "harness").is_dir() else [])):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "tiny").symlink_to(ROOT / "tiny")
-    text = (ROOT / file).read_text("utf-8")
-    (tmp_path / file).write_text(apply.change(text, [page], file), "utf-8")
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", test]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
-    assert done.returncode == 1 and " failed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
+    monkeypatch.chdir(ROOT)
+    for name in [name for name in sys.modules if name in (*ALL, "sde", "small") or name.startswith("test_")]:
+        monkeypatch.delitem(sys.modules, name)
+    spoilt = types.ModuleType(file.removesuffix(".py"))
+    spoilt.__file__ = str(ROOT / file)
+    monkeypatch.setitem(sys.modules, spoilt.__name__, spoilt)
+    text = apply.change((ROOT / file).read_text("utf-8"), [page], file)
+    exec(compile(text, spoilt.__file__, "exec"), spoilt.__dict__)
+    seen = pytester.inline_run("-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"{ROOT}/{test}")
+    (failed,) = seen.getfailures()
     # Caught, and not merely broken: by an assertion, by the run itself, or since a graph is there that should not be.
-    assert re.search("AssertionError|RunError|backward through the graph", done.stdout), done.stdout[-3000:]
+    assert re.search("AssertionError|RunError|backward through the graph", str(failed.longrepr)), failed.longrepr
 
 
 def test_the_list_of_bugs_has_them_all():

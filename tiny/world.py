@@ -477,6 +477,8 @@ def reads(prompt):
 
 for function in (correct, smooth, sharp, well_drawn, moves_right_way, constant, video_correct):
     function.reads = reads
+for function in (correct, well_made, clean, smooth, sharp, well_drawn, moves_right_way, constant, video_correct):
+    function.size = (SIZE, SIZE)
 
 
 def sample(seed, n, well_made_share=WELL_MADE_SHARE, pair_share=0.4):
