@@ -94,7 +94,7 @@ def parse_args(argv=None):
     flag("--timestep_fraction", type=fraction, default=0.6, help="share of the noisy steps that is trained (Table 6)")
     flag("--num_updates", type=count, help="optimizer steps in an iteration")
     flag("--clip_range", type=fraction_below_1, default=1e-4, help="the ratio is clipped to 1 +- this (Table 6)")
-    flag("--adv_clip_max", type=positive, default=5.0, help="clamp of the advantage (authors)")
+    flag("--adv_clip_max", type=positive, default=5.0, help="clamp of each reward's advantage (authors)")
     flag("--ratio_tolerance", type=not_negative, default=0.0, help="of |ratio - 1| before the first update")
     # optimization
     flag("--train_batch_size", type=count, default=1, help="samples of a micro-batch, in rollout and update alike")
@@ -261,19 +261,19 @@ def rollout(run, latents, cond, levels, etas, generators=None):
     return torch.stack(trajectory, 1), torch.stack(log_probs, 1), samples
 
 
-def group_advantages(rewards, weights, group_size):
+def group_advantages(rewards, weights, group_size, limit=math.inf):
     """rewards (B, K), weights (K,) -> advantages (B,) in float64, number of flat groups. A group's rows are adjacent.
 
     A = sum_k w_k (r_k - mean_k) / std_k in each group (paper, Algorithm 1, line 8). Rewards differ in scale, so each
-    is standardised before they are added. In float32 the mean of equal scores can be off by one rounding, and the
-    division would blow that up: hence float64. A group is flat if its scores differ by no more than float32's
-    rounding. Then its advantage is 0.
+    is standardised, and clamped to +- limit (authors), before they are added. In float32 the mean of equal scores can
+    be off by one rounding, and the division would blow that up: hence float64. A group is flat if its scores differ by
+    no more than float32's rounding. Then its advantage is 0.
     """
     groups = rewards.double().view(-1, group_size, rewards.shape[1])  # (B/G, G, K)
     centred = groups - groups.mean(1, keepdim=True)
     std = groups.std(1, keepdim=True)
     flat = std <= 1e-6 * groups.abs().amax(1, keepdim=True)
-    advantages = torch.where(flat, 0.0, centred / torch.where(flat, 1.0, std))
+    advantages = torch.where(flat, 0.0, centred / torch.where(flat, 1.0, std)).clamp(-limit, limit)
     return (advantages @ weights.double()).flatten(), int(flat.all(2).sum())
 
 
@@ -342,12 +342,13 @@ def train_step(run, iteration):
     trajectories, old_log_probs = torch.cat(trajectories), torch.cat(old_log_probs)  # (B, n+1, *L), (B, n)
     scores = {name: torch.cat([part[name] for part in scores]) for name in scores[0]}  # {name: (B,)}
 
-    # 5: standardise each reward in its group and add them up. Best-of-N selects before they are clamped.
+    # 5: standardise each reward in its group, and add them up. Best-of-N selects afterwards.
     objectives = binary(scores, args.reward_thresholds) if args.reward_thresholds else scores
     weights = torch.tensor(args.reward_weights or [1.0] * len(scores))
-    advantages, flat_groups = group_advantages(torch.stack([*objectives.values()], 1).cpu(), weights, G)
+    rewards = torch.stack([*objectives.values()], 1).cpu()  # (B, K)
+    advantages, flat_groups = group_advantages(rewards, weights, G, args.adv_clip_max)
     kept = best_and_worst(advantages, G, args.best_of_n) if args.best_of_n else torch.arange(len(rows))
-    advantages = advantages.clamp(-args.adv_clip_max, args.adv_clip_max).float().to(device)  # (B,)
+    advantages = advantages.float().to(device)  # (B,)
 
     # 6: choose a random share of the transitions, the same for all samples of a micro-batch.
     updates = []

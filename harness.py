@@ -47,7 +47,8 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # silences its advice to install torchvision
-for harmless in (".*local_dir_use_symlinks", "torch.distributed is disabled", "FSDP2-wrapped module", "Corrupt EXIF", "Glyph"):
+HARMLESS = (".*local_dir_use_symlinks", "torch.distributed is disabled", "FSDP2-wrapped module", "Corrupt EXIF", "Glyph")
+for harmless in HARMLESS:
     warnings.filterwarnings("ignore", message=harmless)
 
 HERE = Path(__file__).resolve().parent
@@ -168,8 +169,8 @@ def parse(parser, argv, *checks):
 
 
 def check_surroundings():
-    """Refuses libraries that are older than those of requirements.txt: before, they ignored `dtype` and loaded all in fp32.
-    Refuses what is left of torchrun in a shell."""
+    """Refuses libraries older than those of requirements.txt, which ignore `dtype` and load all in fp32; and what is left
+    of torchrun in a shell."""
     pinned = dict(re.findall(r"^([\w-]+)==(\d+\.\d+)", (HERE / "requirements.txt").read_text(), re.M))
     for name in ("diffusers", "transformers"):
         found = metadata.version(name)
@@ -697,7 +698,7 @@ def iterations(run):
 
 @contextlib.contextmanager
 def keep_last_iteration(run, *expected):
-    """Whatever ends the loop inside, the last whole iteration is saved. A first SIGINT, SIGTERM or SIGHUP lets the iteration
+    """Whatever ends the loop inside, the last whole iteration is saved. A first SIGINT, SIGTERM or SIGHUP lets the one
     under way finish; a second one does not wait. The `expected` errors end the program with one line and status 1."""
 
     def ask_to_stop(number, frame):

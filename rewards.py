@@ -150,8 +150,8 @@ def squash(images, size):
 
 
 def centre_crop(images, size, rounded=False):
-    """(B, 3, H, W) -> (B, 3, size, size) in [0, 1]: the short side becomes `size`, and the middle is kept. If what is cut
-    off is odd, the crop begins at half of it, rounded down (transformers) or `rounded` to the even one (torchvision).
+    """(B, 3, H, W) -> (B, 3, size, size) in [0, 1]: the short side becomes `size`, and the middle is kept. If what is
+    cut off is odd, the crop begins at half of it, rounded down (transformers) or `rounded` to even (torchvision).
 
     CLIP's own preprocessing. It multiplies before it divides. `size * (long / short)` would be one pixel shorter for
     some sizes.
@@ -217,8 +217,8 @@ def patchify(videos, patch, merge):
 
 # ---- REWARDS OF IMAGES -------------------------------------------------------------------------------------------
 def clean(prompt):
-    """The clean-up of text in the code of HPSv2 and of open_clip: ftfy mends it, and HTML entities become plain. What is
-    left of it, lower case and single spaces, is done by the tokenizer."""
+    """The clean-up of text in the code of HPSv2 and of open_clip: ftfy mends it, and HTML entities become plain. The rest,
+    lower case and single spaces, is done by the tokenizer."""
     return html.unescape(html.unescape(ftfy.fix_text(prompt)))
 
 
@@ -913,9 +913,9 @@ def check_reward_flags(args, num_frames=1):
 def load_reward_flags(args, device, prompts=(), eval_prompts=(), say=print):
     """The rewards to train with, then the watched ones: `first(len(args.reward))` gives the training rewards.
 
-    A user's function may have an attribute `reads`: a function of a prompt, true if the reward can score it; and `size`,
-    the one (height, width) that it takes. A watched reward that cannot read each of `eval_prompts`, or not samples of
-    this size, is left out; `say` prints a line. Raises UnusableReward for a
+    A user's function may have an attribute `reads`: a function of a prompt, true if the reward can score it; and
+    `size`, the one (height, width) that it takes. A watched reward that cannot read each of `eval_prompts`, or samples
+    of this size, is left out; `say` prints a line. Raises UnusableReward for a
     training reward that cannot read each of the prompts, and for files that cannot be used.
     """
     rewards = load_rewards(args.reward + watched(args), split_paths(args.reward_paths), device)

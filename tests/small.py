@@ -166,11 +166,11 @@ def advantages_by_hand(args, scores, group_size=None):
             group = values[start : start + G]
             mean = sum(group) / G
             std = math.sqrt(sum((v - mean) ** 2 for v in group) / (G - 1))
-            column += [weight * (v - mean) / std if std else 0.0 for v in group]
+            scaled = [(v - mean) / std if std else 0.0 for v in group]
+            column += [weight * min(max(a, -args.adv_clip_max), args.adv_clip_max) for a in scaled]
         total = [a + b for a, b in zip(total or [0] * len(values), column)]
     rows = kept_by_hand(torch.tensor(total), G, args.best_of_n) if args.best_of_n else list(range(len(total)))
-    clamped = [min(max(a, -args.adv_clip_max), args.adv_clip_max) for a in total]
-    return torch.tensor(clamped), torch.tensor(rows)
+    return torch.tensor(total), torch.tensor(rows)
 
 
 def surrogate_by_hand(run, log, rows, steps, advantages, policy, old_policy):

@@ -253,6 +253,9 @@ CASES = {
     "two weighted rewards": (WINDOW | dict(reward=("red", "dark"), reward_weights=(0.7, -1.4)), [1, 2]),
     "binary reward": (WINDOW | dict(reward="number", reward_thresholds=0.5), [1, 2]),
     "clamped advantages": (WINDOW | dict(adv_clip_max=0.5), [1, 2]),
+    "each reward's advantages clamped": (
+        WINDOW | dict(adv_clip_max=0.8, reward=("red", "number"), reward_weights=(3, 3)), [1, 2],
+    ),
     "own initial noise": (WINDOW | dict(init_same_noise=False), [1, 2]),
     "decoded latents": (WINDOW | dict(decode_x0=False), [1, 2]),
     "other guidance and shift": (WINDOW | dict(guidance_scale=1.5, shift=1.7), [1, 2]),

@@ -144,7 +144,8 @@ AT_IMPORT = {
 
 @pytest.mark.parametrize("what", AT_IMPORT)
 def test_what_the_import_of_a_reward_changes_is_put_back(what, folder):
-    (folder / "own.py").write_text(f"import torch\n{AT_IMPORT[what]}\n\n\ndef one(images, prompts):\n    return [1.0] * 2\n")
+    code = f"import torch\n{AT_IMPORT[what]}\n\n\ndef one(images, prompts):\n    return [1.0] * 2\n"
+    (folder / "own.py").write_text(code)
     before = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device(), os.getcwd()
     module = rewards.run_file("own.py")
     assert module.one(None, None) == [1.0, 1.0]
@@ -189,7 +190,10 @@ def test_the_crop_of_the_aesthetic_reward_is_rounded_to_the_even_one(size, first
 
 @pytest.mark.parametrize(
     "dirty, cleaned",
-    [("a “red” circle", 'a "red" circle'), ("schÃ¶n", "schön"), ("a &amp;lt; b", "a < b"), ("ﬁve", "five"), ("ＲＥＤ", "RED")],
+    [
+        ("a “red” circle", 'a "red" circle'), ("schÃ¶n", "schön"), ("a &amp;lt; b", "a < b"), ("ﬁve", "five"),
+        ("ＲＥＤ", "RED"),
+    ],
 )
 def test_prompts_are_cleaned_by_ftfy_for_hps_and_clip_and_not_for_pick(dirty, cleaned):
     assert rewards.clean(dirty) == cleaned
@@ -263,7 +267,8 @@ def test_a_folder_with_weights_of_another_variant_says_so(model, folder):
 def test_a_schedule_from_alpha_bar_0_is_refused(folder, capsys):
     shutil.copytree(TINY / "sd14", folder / "sd", symlinks=False)
     file = folder / "sd/scheduler/scheduler_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | dict(rescale_betas_zero_snr=True, timestep_spacing="trailing")))
+    config = json.loads(file.read_text()) | dict(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    file.write_text(json.dumps(config))
     error = refused(grpo_sd14, "--model", "sd", "--num_inference_steps", 10, capsys=capsys)
     assert "begins above alpha_bar 0" in error
 

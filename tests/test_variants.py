@@ -119,7 +119,10 @@ def test_pages_that_do_not_touch_go_together_in_any_order():
     assert apply.change(text, ["kl", "cps"], "grpo_flux.py") == apply.change(text, ["cps", "kl"], "grpo_flux.py")
 
 
-@pytest.mark.parametrize("script, clock", [("grpo_flux", "return sigma"), ("grpo_sd14", "return math.sqrt(1 / alpha_bar")])
+CLOCKS = [("grpo_flux", "return sigma"), ("grpo_sd14", "return math.sqrt(1 / alpha_bar")]
+
+
+@pytest.mark.parametrize("script, clock", CLOCKS)
 def test_a_page_fits_a_changed_script_of_any_name(script, clock):
     """Pages one after the other; those blocks that are for certain files find the script by its lines."""
     text = (ROOT / f"{script}.py").read_text()
