@@ -698,8 +698,8 @@ def iterations(run):
 
 @contextlib.contextmanager
 def keep_last_iteration(run, *expected):
-    """Whatever ends the loop inside, the last whole iteration is saved. A first SIGINT, SIGTERM or SIGHUP lets the one
-    under way finish; a second one does not wait. The `expected` errors end the program with one line and status 1."""
+    """Whatever ends the loop inside, the last whole iteration is saved. A first SIGINT, SIGTERM or SIGHUP lets an
+    iteration finish; a second one does not wait. The `expected` errors end the program with one line and status 1."""
 
     def ask_to_stop(number, frame):
         run.signalled = True

@@ -51,7 +51,7 @@ def commands(name):
 
 
 def snippets():
-    text = text_of("README.md") + text_of("docs/real_weights.md")
+    text = text_of("README.md") + text_of("docs/real_weights.md") + text_of("docs/faq.md")
     return re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
 
 

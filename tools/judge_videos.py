@@ -1,6 +1,6 @@
 """Prints what the judge of tiny/world.py sees in a run's held-out videos, before and after.
 
-    python tests/judge_videos.py outputs/RUN [FRAMES.png]
+    python tools/judge_videos.py outputs/RUN [FRAMES.png]
 
 RUN is the folder of a run of grpo_hunyuan_video.py or grpo_skyreel_i2v.py. It must have a checkpoint and no LoRA. The
 videos are those of its evaluations, drawn by the base model and by the trained one. FRAMES.png shows some of them frame

@@ -1,10 +1,10 @@
 """Long trials, run by hand: what a run survives. RESULTS.md has their counts.
 
-    python tests/campaign.py kills 30          SIGKILL at random moments, then resume: bit for bit the unbroken run
-    python tests/campaign.py disk              a disk that is full at each stage (needs the right to mount a tmpfs)
-    python tests/campaign.py fuzz 2000         random flags, prompt files, images and model folders: no traceback
-    python tests/campaign.py long 300          memory, open files and time of an iteration
-    python tests/campaign.py processes         torchrun with two processes: one line for one mistake, nothing hangs
+    python tools/campaign.py kills 30          SIGKILL at random moments, then resume: bit for bit the unbroken run
+    python tools/campaign.py disk              a disk that is full at each stage (needs the right to mount a tmpfs)
+    python tools/campaign.py fuzz 2000         random flags, prompt files, images and model folders: no traceback
+    python tools/campaign.py long 300          memory, open files and time of an iteration
+    python tools/campaign.py processes         torchrun with two processes: one line for one mistake, nothing hangs
 """
 
 import contextlib

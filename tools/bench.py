@@ -1,9 +1,9 @@
 """Prints figures of the default run, each measured here and now; ratios come from alternating, paired rounds.
 
-    python tests/bench.py [--rounds 3]             the figures from loop_overhead to peak_memory
-    python tests/bench.py --reward_rate            trains twice, a few minutes
-    python tests/bench.py --profile                where an iteration's time goes, in three scripts
-    python tests/bench.py --trl PYTHON             against TRL's DDPOTrainer, see tests/bench_trl.py
+    python tools/bench.py [--rounds 3]             the figures from loop_overhead to peak_memory
+    python tools/bench.py --reward_rate            trains twice, a few minutes
+    python tools/bench.py --profile                where an iteration's time goes, in three scripts
+    python tools/bench.py --trl PYTHON             against TRL's DDPOTrainer, see tools/bench_trl.py
 
 loop_overhead  one iteration / the bare calls in it: the transformer's forward and forward+backward passes at the same
                batch, the decoder and the reward. What is above 1 is the price of everything else in the script.

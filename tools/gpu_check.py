@@ -1,10 +1,10 @@
 """Real sizes on one GPU, with random weights: time, memory, arithmetic, and whether the ratio is 1.
 
-    python tests/gpu_check.py [CASE ...]         all cases if none is named, each in its own process
-    python tests/gpu_check.py --tiny [CASE ...]  at the tiny models' sizes; the tests run this on a CPU
+    python tools/gpu_check.py [CASE ...]         all cases if none is named, each in its own process
+    python tools/gpu_check.py --tiny [CASE ...]  at the tiny models' sizes; the tests run this on a CPU
 
 A case is one iteration of a script on the samples of one prompt, with the flags of its row in CASES, after one forward
-and backward pass to warm up. Nothing is downloaded: networks are built from the real configs (tests/real_models.py)
+and backward pass to warm up. Nothing is downloaded: networks are built from the real configs (tools/real_models.py)
 with random weights, conditions are random, and the reward is the mean of the pixels, which takes no time.
 
 seconds        of the iteration, and of its parts: the network in the rollout, the decoder, the update
@@ -30,7 +30,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 import harness  # noqa: E402
 import real_models  # noqa: E402
 
