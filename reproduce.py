@@ -515,18 +515,18 @@ def cell(values):
 
 
 def table(result):
-    """Lines of Markdown: mean ± standard deviation over the seeds of each figure, then the verdicts."""
-    asked = {key for _, _, _, key, _ in result["verdicts"]}
-    keys = dict.fromkeys(key for row in result["rows"].values() for key in row)
-    keys = [key for key in keys if key in asked or not (key.startswith("rise of") or key.endswith("at equal time"))]
-    lines = ["| | " + " | ".join(keys) + " |", "|---" * (len(keys) + 1) + "|"]
-    for arm, row in result["rows"].items():
-        lines.append(f"| {arm} | " + " | ".join(cell(row[key]) if key in row else "" for key in keys) + " |")
-    lines.append("")
+    """Lines of Markdown: the verdicts, then mean ± standard deviation over the seeds of each figure."""
+    lines = []
     for who, above, below, key, outcome in result["verdicts"]:
         if who != OURS:  # a claim
             outcome = {"yes": "confirmed"}.get(outcome, f"not confirmed: {outcome}")
-        lines.append(f"* {who}: {key} of *{above}* above *{below}*? **{outcome}**")
+        lines.append(f"* **{outcome}** ({who}): {key} of *{above}* above *{below}*")
+    asked = {key for _, _, _, key, _ in result["verdicts"]}
+    keys = dict.fromkeys(key for row in result["rows"].values() for key in row)
+    keys = [key for key in keys if key in asked or not (key.startswith("rise of") or key.endswith("at equal time"))]
+    lines += ["", "| | " + " | ".join(keys) + " |", "|---" * (len(keys) + 1) + "|"]
+    for arm, row in result["rows"].items():
+        lines.append(f"| {arm} | " + " | ".join(cell(row[key]) if key in row else "" for key in keys) + " |")
     return lines
 
 
@@ -543,10 +543,10 @@ def report():
         result = json.loads(file.read_text())
         command = f"`python reproduce.py {name} --seeds {' '.join(map(str, result['seeds']))}`"
         took = f"{result['seconds'] // 60} minutes of training, {result['jobs']} runs at a time"
-        lines += [f"## {name}", "", f"**{result['claim']}**", "", f"{command}, commit {result['commit']}, {took}.", ""]
+        lines += [f"## {name}", "", f"**{result['claim']}**", ""]
         note = DOCS / f"{name}.md"  # what a reader saw in the figures
-        lines += [*table(result), "", *([note.read_text()] if note.exists() else [])]
-        lines += [f"![curves and pictures](reproduce/{name}.png)", ""]
+        lines += [*([note.read_text()] if note.exists() else []), *table(result), ""]
+        lines += [f"{command}, commit {result['commit']}, {took}.", "", f"![curves and pictures](reproduce/{name}.png)", ""]
     (ROOT / "docs/reproduce.md").write_text("\n".join(lines))
 
 

@@ -235,9 +235,10 @@ def test_the_report_has_each_experiment_with_its_verdicts(few, tmp_path, monkeyp
     reproduce.report()
     page = (tmp_path / "docs/reproduce.md").read_text()
     assert "**a claim" in page and "| a | 0.600 ± 0.141 |" in page and "commit abc, 2 minutes" in page
-    assert "* paper: eval/hps of *a* above *b*? **confirmed**" in page and "## other\n\nNot run." in page
-    assert "*b* above *a*? **not confirmed: the contrary**" in page and "kl of *a* above *b*? **yes**" in page
-    assert "What we saw.\n\n![curves" in page
+    assert "* **confirmed** (paper): eval/hps of *a* above *b*\n" in page and "## other\n\nNot run." in page
+    assert "**not confirmed: the contrary** (paper): eval/hps of *b* above *a*" in page
+    assert "* **yes** (our question): kl of *a* above *b*\n" in page
+    assert page.index("a claim") < page.index("What we saw.") < page.index("**confirmed**") < page.index("| a |")
 
 
 def test_an_unknown_name_is_refused_in_one_line(monkeypatch, capsys):
