@@ -976,8 +976,7 @@ def start_run(args):
 def keep_freed_memory():
     """Asks glibc to keep the memory of large tensors for the next ones. By default it gives each of them back to the
     kernel, which clears all of its pages for the next one: that was 45 % of an iteration on videos."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block comes from mmap
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing is given back
         libc.mallopt(-2, 2**26)  # M_TOP_PAD: the heap grows by 64 MiB
