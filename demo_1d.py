@@ -96,7 +96,8 @@ def grpo(generator, iterations=100, group_size=500, num_steps=25, eta=1.0, clip_
 
 
 def draw(axes, title, trajectory, exact):
-    """Plots 30 trajectories over the exact density of each noise level, and beside them all end points."""
+    """Plots 30 trajectories over the exact density of each noise level, and beside them all end points. Returns the
+    axes of these."""
     grid = torch.linspace(-2.5, 2.5, 251)[:, None]
     levels = torch.linspace(1, 0, 101)
     density = torch.stack([log_density(exact, grid, sigma).exp() for sigma in levels], 1)
@@ -111,7 +112,7 @@ def draw(axes, title, trajectory, exact):
     beside.plot(log_density(exact, grid).exp(), grid, "black", linewidth=1.2, label="exact")
     if exact is TILTED:
         beside.plot(log_density(DATA, grid).exp(), grid, "black", linewidth=1, linestyle=":", label="before")
-    beside.legend(loc="lower right", fontsize=8, frameon=False)
+    return beside
 
 
 def main(path):
@@ -131,13 +132,14 @@ def main(path):
     print("centre of the right Gaussian:     before %.3f, after GRPO %.3f, exact tilted answer %.3f"
           % (DATA.centres[1], learned.centres[1], TILTED.centres[1]))  # fmt: skip
 
-    figure = Figure(figsize=(12, 3.2), dpi=100, layout="constrained")
+    figure = Figure(figsize=(12, 3.4), dpi=100, layout="constrained")
     axes = figure.subplots(1, 4, sharey=True)
     axes[0].set_ylabel("x")
     draw(axes[0], "ODE, 100 steps", ode, DATA)
     draw(axes[1], "SDE, η = 1, 100 steps", sde, DATA)
     draw(axes[2], "SDE, η = 1, 8 steps", few, DATA)
-    draw(axes[3], "after GRPO: ODE, 100 steps", after, TILTED)
+    beside = draw(axes[3], "after GRPO: ODE, 100 steps", after, TILTED)
+    figure.legend(*beside.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.savefig(path)
     Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)  # a quarter of the size
 

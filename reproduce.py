@@ -6,7 +6,8 @@
 
 An experiment is a table of arms. An arm is a command line of a training script, called as a user would call it. If it
 begins with names of variants/, it is that of the script with their changes. Runs are kept in outputs/reproduce/, and
-experiments with the same command share its run. Another method or another model is another run. An experiment leaves docs/reproduce/NAME.json, with its rows, and NAME.png, its curves and pictures.
+experiments with the same command share its run. Another method or another model is another run. An experiment leaves
+docs/reproduce/NAME.json, with its rows, and NAME.png, its curves and pictures.
 
 A comparison is made seed by seed: with the same seed, two arms have the same prompts. The held-out prompts and their
 noise are the same for all seeds. A difference counts if a paired t-test at 95 % says so.
@@ -535,8 +536,8 @@ def report():
     lines = ["# The paper's claims on the tiny models", ""]
     lines += ["Written by `python reproduce.py --report` from what was run. Mean ± standard deviation over seeds, at"]
     lines += ["the end of the runs unless a column says otherwise. The answers are those of paired t-tests at 95 %."]
-    lines += ["Where nothing differs, one test in twenty says that something does. Runs of commits before 2e308be shared"]
-    lines += ["the steps before the noise in a group, and their tail was of the second order: see variants/flash.md.", ""]
+    lines += ["Where nothing differs, one test in twenty says that something does. In runs of commits before 2e308be"]
+    lines += ["groups shared the steps before the noise, and the tail was of the second order: variants/flash.md.", ""]
     for name in experiments():
         file = DOCS / f"{name}.json"
         if not file.exists():
