@@ -117,6 +117,7 @@ BAD = """
 --ema_decay 1                                                         to 0.999999
 --learning_rate 0                                                     from 1e-09
 --learning_rate inf                                                   to 1e+09
+--num_updates 3 --best_of_n 4 --prompts_per_step 1                    divisor of the 4 samples
 --adv_clip_max 0                                                      from 1e-09
 --max_grad_norm 0                                                     from 1e-09
 --adam_weight_decay -1                                                from 0
@@ -251,6 +252,7 @@ def test_a_real_preset_without_a_gpu_is_refused_before_anything_loads(folder, ca
 )  # fmt: skip
 def test_what_several_processes_cannot_share_is_refused(words, accepted, folder, capsys, monkeypatch):
     monkeypatch.setattr(harness, "WORLD", 5)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
     with pytest.raises(SystemExit):
         g.parse_args(words.split())
     assert accepted in capsys.readouterr().err

@@ -182,6 +182,21 @@ def test_a_spread_of_rounding_errors_is_flat_and_a_small_one_is_not():
     assert flat_groups == 0 and float(advantages.std()) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_a_spread_is_small_or_large_beside_the_scores_only(scale):
+    rewards = rewards_of(2, 5, 1, 0)
+    advantages, flat_groups = g.group_advantages(scale * rewards, one, 5)
+    torch.testing.assert_close(advantages, g.group_advantages(rewards, one, 5)[0])
+    assert flat_groups == 0
+
+
+@pytest.mark.parametrize("limit", [0.5, 2.0])
+def test_each_rewards_advantage_is_clamped_before_it_is_weighted(limit):
+    rewards, weights = rewards_of(2, 9, 2, 0), torch.tensor([3.0, -3.0])
+    single = [g.group_advantages(rewards[:, k : k + 1], one, 9)[0].clamp(-limit, limit) for k in (0, 1)]
+    assert torch.allclose(g.group_advantages(rewards, weights, 9, limit)[0], 3 * single[0] - 3 * single[1])
+
+
 def test_a_flat_reward_leaves_the_others_their_say():
     rewards = torch.stack([torch.full((4,), 0.1), torch.arange(4.0)], 1)
     advantages, flat_groups = g.group_advantages(rewards, torch.ones(2), 4)
@@ -1111,6 +1126,8 @@ def test_evaluation_is_by_the_ode_from_noise_of_its_own(build, watch, monkeypatc
     assert log.prompts == [p for p in run.eval_prompts for _ in range(2)] and len(run.eval_prompts) == 3
     expected = float(reward(torch.stack(log.images), log.prompts)["red"].mean())
     assert first["eval/red"] == pytest.approx(expected, abs=1e-6)
+    spread = float(reward(torch.stack(log.images), log.prompts)["red"].double().std())
+    assert first["eval_std/red"] == pytest.approx(spread, rel=1e-3)
     torch.manual_seed(1)
     run.args.seed = 1
     assert g.evaluate(run, 7) == first
@@ -1135,6 +1152,14 @@ def test_three_processes_evaluate_what_one_does(build, monkeypatch):
             patch.setattr(harness, "everyone", lambda values, device: torch.stack(next(turns)).double())
             assert g.evaluate(run, 0) == pytest.approx(alone, abs=1e-5)
         assert harness.everyone is everyone
+
+
+def test_in_bf16_what_is_frozen_is_in_bf16_and_what_is_trained_in_fp32(build):
+    run = build(mixed_precision="bf16", rank=2, lora_alpha=2)
+    types = {p.requires_grad: {q.dtype for q in run.models.policy.parameters() if q.requires_grad == p.requires_grad}
+             for p in run.models.policy.parameters()}  # fmt: skip
+    assert types == {True: {torch.float32}, False: {torch.bfloat16}}
+    assert {p.dtype for p in (*run.models.vae.parameters(), *run.models.encoders[0].parameters())} == {torch.bfloat16}
 
 
 # ---- LEARNING ----------------------------------------------------------------------------------------------------

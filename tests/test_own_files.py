@@ -403,6 +403,9 @@ def test_a_watched_reward_that_falls_while_the_training_reward_rises_is_named():
             history[-1] |= {"eval/hps": 0.5 + number / 100, "eval/ta": 0.9 - number / 100}
         assert bool(harness.warnings_of(history)) == (number == 30)
     assert [*harness.warnings_of(history)] == ["hacking eval/ta"]
+    unsteady = [line | ({"eval/ta": 0.85} if line["step"] == 20 else {}) for line in history]  # falls, rises, falls
+    unsteady[10] = unsteady[10] | {"eval/ta": 0.8}
+    assert harness.warnings_of(unsteady) == {}
     for line in history:  # the training reward falls, too: that is no hacking
         line["reward/hps"] = 1 - line["step"] / 100
     assert harness.warnings_of(history) == {}

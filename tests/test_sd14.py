@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from safetensors.torch import load_file
 
 import grpo_sd14 as sd
 
@@ -175,6 +176,16 @@ def test_training_moves_held_out_ode_samples_the_way_the_reward_asks(reward, sig
         sd.train_step(run, iteration)
     after = sd.evaluate(run, 4)
     assert sign * (after["eval/red"] - before["eval/red"]) > 0.03
+
+
+@pytest.mark.parametrize("flags, dtype", [(dict(), torch.float32), (dict(rank=2, lora_alpha=2), torch.bfloat16)])
+def test_a_full_fine_tune_starts_from_weights_that_are_not_rounded_to_bf16(flags, dtype, tmp_path):
+    run = make_run(tmp_path, mixed_precision="bf16", **flags)
+    policy = {name.replace(".base_layer", ""): p for name, p in run.models.policy.named_parameters() if "lora_" not in name}
+    stored = load_file(TINY / "sd14/unet/diffusion_pytorch_model.safetensors")
+    assert {p.dtype for p in policy.values()} == {dtype} and policy.keys() == stored.keys()
+    exact = all(torch.equal(policy[name].float(), value.float()) for name, value in stored.items())
+    assert exact == (dtype == torch.float32)
 
 
 # ---- DIFFUSERS ---------------------------------------------------------------------------------------------------

@@ -133,9 +133,16 @@ def test_ratio_is_exactly_1_before_the_first_update(script, flags, build):
         assert metrics["ratio_max_dev"] == 0.0 and metrics["grad_norm"] > 0
 
 
-def test_ratio_without_guidance(build):
-    metrics = skyreel.train_step(build(skyreel, true_cfg_scale=1, train_batch_size=3), 0)
-    assert metrics["ratio_max_dev"] == 0.0 and metrics["grad_norm"] > 0
+@pytest.mark.parametrize("scale, rows", [(1, 3), (2, 6)])
+def test_guidance_costs_a_second_pass_only_where_it_is_on(scale, rows, build):
+    run = build(skyreel, true_cfg_scale=scale, train_batch_size=3)
+    assert run.models.vae.use_tiling
+    seen = []
+    run.models.policy.register_forward_pre_hook(
+        lambda network, inputs, named: seen.append(len(named["hidden_states"])), with_kwargs=True
+    )
+    metrics = skyreel.train_step(run, 0)
+    assert metrics["ratio_max_dev"] == 0.0 and metrics["grad_norm"] > 0 and max(seen) == rows
 
 
 # ---- SKYREELS: GUIDANCE AND FIRST FRAMES -------------------------------------------------------------------------
