@@ -28,8 +28,9 @@ from types import SimpleNamespace
 import harness  # before torch: it sets how torch's threads wait
 import torch
 
-from harness import HERE, refuse, seeded, count, fraction, fraction_below_1, guidance
-from harness import not_negative, pixels, positive, scale, up_to_1000, whole
+from harness import HERE, refuse, seeded
+from harness import count, fraction, fraction_below_1, guidance, not_negative
+from harness import pixels, positive, scale, up_to_1000, whole
 from rewards import RewardError, add_reward_flags, binary, check_reward_flags, load_reward_flags
 from sde import flow_sde_step, flow_sigmas, joint_nats, standard_normal
 
@@ -85,7 +86,7 @@ def parse_args(argv=None):
     flag("--shift", type=scale, default=3.0, help="moves the noise levels towards noise; 1: even (authors)")
     flag("--eta", type=scale, default=0.3, help="strength of the SDE's noise (Table 6)")
     flag("--sde_window", type=whole, default=0, metavar="LENGTH", help="consecutive steps with noise; 0: every step")
-    flag("--sde_window_range", nargs=2, type=whole, default=[0, 0], metavar=("FIRST", "LAST"), help="of its start")
+    flag("--sde_window_range", nargs=2, type=whole, default=[0, 0], metavar=("FIRST", "LAST"), help="range of its start")
     flag("--tail_steps", type=whole, default=0, metavar="N", help="N longer steps after the window; 0: as they are")
     flag("--init_same_noise", action=switch, default=True, help="one initial noise for a group (Algorithm 1)")
     flag("--decode_x0", action=switch, default=True, help="decode the last step's x0 (authors' code), not its latents")
@@ -116,7 +117,7 @@ LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", 
 
 
 def check_model(args):
-    """Refuses a model or a size that cannot work, from the model's configs alone. Raises ValueError."""
+    """Refuses a model or a size that cannot work, from the model's configs alone."""
     name = args.pretrained_model_name_or_path
     harness.read_config("--model", name, "model_index.json", "FluxPipeline")
     transformer = harness.read_config("--model", name, "transformer/config.json", "FluxTransformer2DModel")

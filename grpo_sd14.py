@@ -31,8 +31,9 @@ from types import SimpleNamespace
 import harness  # before torch: it sets how torch's threads wait
 import torch
 
-from harness import HERE, refuse, seeded, count, fraction, fraction_below_1, guidance_from_1
-from harness import not_negative, pixels, positive, up_to_1000, whole
+from harness import HERE, refuse, seeded
+from harness import count, fraction, fraction_below_1, guidance_from_1, not_negative
+from harness import pixels, positive, up_to_1000, whole
 from rewards import RewardError, add_reward_flags, binary, check_reward_flags, load_reward_flags
 from sde import ddim_sde_step, joint_nats, standard_normal
 
@@ -83,7 +84,7 @@ def parse_args(argv=None):
     flag("--num_inference_steps", type=up_to_1000, help="T, of an evaluation; --tail_steps shortens a rollout")
     flag("--eta", type=fraction, default=1.0, help="strength of the SDE's noise, at most 1 (authors)")
     flag("--sde_window", type=whole, default=0, metavar="LENGTH", help="consecutive steps with noise; 0: every step")
-    flag("--sde_window_range", nargs=2, type=whole, default=[0, 0], metavar=("FIRST", "LAST"), help="of its start")
+    flag("--sde_window_range", nargs=2, type=whole, default=[0, 0], metavar=("FIRST", "LAST"), help="range of its start")
     flag("--tail_steps", type=whole, default=0, metavar="N", help="N longer steps after the window; 0: as they are")
     flag("--init_same_noise", action=switch, default=True, help="one initial noise for a group (Algorithm 1)")
     flag("--decode_x0", action=switch, default=False, help="decode the last step's x0, not its latents (authors' code)")
@@ -114,7 +115,7 @@ LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 def check_model(args):
-    """Refuses a model or a size that cannot work, from the model's configs alone. Raises ValueError."""
+    """Refuses a model or a size that cannot work, from the model's configs alone."""
     name = args.pretrained_model_name_or_path
     harness.read_config("--model", name, "model_index.json", "StableDiffusionPipeline")
     unet = harness.read_config("--model", name, "unet/config.json", "UNet2DConditionModel")
