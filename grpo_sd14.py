@@ -31,7 +31,7 @@ from types import SimpleNamespace
 import harness  # before torch: it sets how torch's threads wait
 import torch
 
-from harness import HERE, refuse, seeded
+from harness import HERE, RunError, refuse, seeded
 from harness import count, fraction, fraction_below_1, guidance_from_1, not_negative
 from harness import pixels, positive, up_to_1000, whole
 from rewards import RewardError, add_reward_flags, binary, check_reward_flags, load_reward_flags
@@ -84,7 +84,7 @@ def parse_args(argv=None):
     flag("--num_inference_steps", type=up_to_1000, help="T, of an evaluation; --tail_steps shortens a rollout")
     flag("--eta", type=fraction, default=1.0, help="strength of the SDE's noise, at most 1 (authors)")
     flag("--sde_window", type=whole, default=0, metavar="LENGTH", help="consecutive steps with noise; 0: every step")
-    flag("--sde_window_range", nargs=2, type=whole, default=[0, 0], metavar=("FIRST", "LAST"), help="range of its start")
+    flag("--sde_window_range", nargs=2, type=whole, default=[0, 0], metavar=("FIRST", "LAST"), help="its start")
     flag("--tail_steps", type=whole, default=0, metavar="N", help="N longer steps after the window; 0: as they are")
     flag("--init_same_noise", action=switch, default=True, help="one initial noise for a group (Algorithm 1)")
     flag("--decode_x0", action=switch, default=False, help="decode the last step's x0, not its latents (authors' code)")
@@ -183,7 +183,10 @@ def ddim_scheduler(path, num_steps):
     from diffusers import DDIMScheduler
 
     scheduler = harness.from_pretrained(DDIMScheduler, path, subfolder="scheduler")
-    scheduler.set_timesteps(num_steps)
+    try:
+        scheduler.set_timesteps(num_steps)
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{path}: its scheduler takes no {num_steps} steps: {error}") from error
     return scheduler
 
 
@@ -296,7 +299,7 @@ def choose_transitions(args, etas, *key):
     noisy = [t for t, eta in enumerate(etas[:-1]) if eta > 0]
     order = torch.randperm(len(noisy), generator=seeded(*key))
     wanted = round(args.timestep_fraction * len(noisy), 6)  # as a float, 0.28 * 25 is more than 7
-    return [noisy[i] for i in order[: math.ceil(wanted)]]
+    return [noisy[i] for i in order[: max(1, math.ceil(wanted))]]
 
 
 def recompute(policy, args, trajectory, t, levels, etas, cond):
@@ -337,10 +340,10 @@ def train_step(run, iteration):
             cond = harness.stack([conds[i] for i in b], device)
             trajectory, log_probs, samples = rollout(run, latents, cond, levels, etas, generators)
             harness.check_finite(run, trajectory, [prompts[i] for i in b])
-            trajectories.append(trajectory.cpu())  # a GPU has no room for those of a whole iteration
+            trajectories += trajectory.cpu()  # one of each sample; a GPU has no room for those of an iteration
             old_log_probs.append(log_probs)
             scores.append(run.rewards(samples, [prompts[i] for i in b]))
-    trajectories, old_log_probs = torch.cat(trajectories), torch.cat(old_log_probs)  # (B, n+1, *L), (B, n)
+    old_log_probs = torch.cat(old_log_probs)  # (B, n)
     scores = {name: torch.cat([part[name] for part in scores]) for name in scores[0]}  # {name: (B,)}
 
     # 5: standardise each reward in its group, and add them up. Best-of-N selects afterwards.
@@ -365,7 +368,8 @@ def train_step(run, iteration):
     for update_number, update in enumerate(updates):
         terms = sum(len(b) * len(transitions) for b, transitions in update)
         for b, transitions in update:
-            trajectory, cond = trajectories[b].to(device), harness.stack([conds[i] for i in b], device)
+            trajectory = torch.stack([trajectories[i] for i in b]).to(device)  # (b, n+1, *L)
+            cond = harness.stack([conds[i] for i in b], device)
             for t in transitions:
                 new = recompute(models.policy, args, trajectory, t, levels, etas, cond)
                 loss, ratio = policy_loss(new.log_prob, old_log_probs[b, t], advantages[b], args.clip_range)
@@ -387,7 +391,8 @@ def log_probs_again(run, updates, trajectories, levels, etas, conds):
     log_probs = torch.full((len(trajectories), len(etas)), math.nan, device=run.device)
     with torch.no_grad(), harness.as_in_training(run):
         for b, transitions in chain.from_iterable(updates):
-            trajectory, cond = trajectories[b].to(run.device), harness.stack([conds[i] for i in b], run.device)
+            trajectory = torch.stack([trajectories[i] for i in b]).to(run.device)
+            cond = harness.stack([conds[i] for i in b], run.device)
             for t in transitions:
                 old = recompute(run.models.policy, run.args, trajectory, t, levels, etas, cond)
                 log_probs[b, t] = old.log_prob.detach()
@@ -444,8 +449,8 @@ def check_args(args):
 
 def make_run(args):
     """All that an iteration needs: models, rewards, prompts, optimizer, and the folder it writes to."""
-    run = harness.start_run(args)
     with harness.loading(RewardError):
+        run = harness.start_run(args)
         run.eval_rewards = load_reward_flags(args, run.device, run.prompts, run.eval_prompts, harness.say)
         run.rewards = run.eval_rewards.first(len(args.reward))  # --reward; those of --eval_reward are watched
         run.models = load_models(args, run.device)

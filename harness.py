@@ -14,13 +14,11 @@ import argparse
 import atexit
 import contextlib
 import ctypes
-import glob
 import hashlib
 import itertools
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import signal
@@ -47,8 +45,8 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # silences its advice to install torchvision
-HARMLESS = (".*local_dir_use_symlinks", "torch.distributed is disabled", "FSDP2-wrapped module", "Corrupt EXIF", "Glyph")
-for harmless in HARMLESS:
+HARMLESS = [".*local_dir_use_symlinks", "torch.distributed is disabled", "FSDP2-wrapped module", "Corrupt EXIF"]
+for harmless in (*HARMLESS, "Glyph"):
     warnings.filterwarnings("ignore", message=harmless)
 
 HERE = Path(__file__).resolve().parent
@@ -61,9 +59,7 @@ for stream in (sys.stdout, sys.stderr):
 SHOWN = 24  # samples in a picture
 FPS = 8  # frames a second of an animation (authors' scripts)
 PROGRAM = Path(sys.argv[0]).name
-# What libraries raise for files of a model that are missing or damaged: caught around these calls and nowhere else.
-BROKEN_MODEL = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError)
-BROKEN_MODEL += (TypeError, ValueError, SafetensorError, pickle.UnpicklingError)
+OWN_FILES = {str(HERE / name) for name in ("harness.py", "rewards.py", "sde.py")}
 
 
 class RunError(RuntimeError):
@@ -116,7 +112,7 @@ def make_parser(doc, presets):
 
     def error(message):
         line = f"{parser.prog}: error: {one_line(message)}{pages_of(message)}\n"
-        parser.exit(2, "" if LOCAL_RANK else line)
+        parser.exit(2, "" if LOCAL_RANK and "MASTER_ADDR" in os.environ else line)
 
     parser.error = error
     parser.add_argument("--preset", choices=presets, default="tiny", help="a set of defaults; other flags override it")
@@ -169,15 +165,16 @@ def parse(parser, argv, *checks):
 
 
 def check_surroundings():
-    """Refuses libraries older than those of requirements.txt, which ignore `dtype` and load all in fp32; and what is left
-    of torchrun in a shell."""
+    """Refuses libraries older than those of requirements.txt, which ignore `dtype` and load all in fp32; and what is
+    left of torchrun in a shell."""
     pinned = dict(re.findall(r"^([\w-]+)==(\d+\.\d+)", (HERE / "requirements.txt").read_text(), re.M))
     for name in ("diffusers", "transformers"):
         found = metadata.version(name)
         if [int(n) for n in re.findall(r"\d+", found)[:2]] < [int(n) for n in pinned[name].split(".")]:
             refuse(name, found, f"{pinned[name]} or newer: pip install -r requirements.txt")
-    if (WORLD > 1 or RANK > 0) and "MASTER_ADDR" not in os.environ:
-        refuse("WORLD_SIZE and RANK", f"{WORLD} and {RANK}", "set by torchrun, which also sets MASTER_ADDR: unset them")
+    if (WORLD > 1 or RANK > 0 or LOCAL_RANK > 0) and "MASTER_ADDR" not in os.environ:
+        found = f"{WORLD}, {RANK} and {LOCAL_RANK}"
+        refuse("WORLD_SIZE, RANK and LOCAL_RANK", found, "set by torchrun, which also sets MASTER_ADDR: unset them")
 
 
 def one_line(text):
@@ -237,12 +234,16 @@ def check_resume(args):
             refuse("--output_dir", args.output_dir, f"{folder}, the folder of the run that is continued")
     try:
         written = json.loads((folder / "args.json").read_text())
-        before, files = dict(written["args"]), dict(written["files"])
+        before, files, script = dict(written["args"]), dict(written["files"]), written.get("script")
     except (OSError, ValueError, KeyError, TypeError) as error:
         refuse(flag, args.resume_from_checkpoint, f"in a run's folder, with a whole args.json ({error!r})")
     for name, value in vars(args).items():
         if name not in MAY_CHANGE and before.get(name) != value:
             refuse(f"--{name}", value, f"{before.get(name)}, as in the run that is continued")
+    for name in sorted(before.keys() - vars(args).keys()):
+        refuse(f"--{name}", before[name], "a flag of this script: go on with the script that made the run")
+    if script not in (None, fingerprint_of_script()):
+        say(f"resumed      with another {PROGRAM} than the one that made the run")
     for path, known in fingerprints(args).items():
         if path.endswith(".py") and files.get(path) != known:
             say(f"resumed      with another {path}: a reward may be mended, but the run is no longer the unbroken one")
@@ -289,6 +290,10 @@ def fingerprint(path):
 INPUTS = ["pretrained_model_name_or_path", "transformer", "prompts", "eval_prompts", "images"]
 
 
+def fingerprint_of_script():
+    return fingerprint(Path(sys.argv[0])) if Path(sys.argv[0]).is_file() else None
+
+
 def fingerprints(args):
     """{path: fingerprint} of the files and folders that the flags name: models, prompts, images, code of rewards."""
     paths = [vars(args).get(name) for name in INPUTS]
@@ -311,7 +316,7 @@ def read_prompts(flag, path):
         if address:
             files = [Path(download(address[1], address[3], repo_type="dataset", revision=address[2]))]
         lines = [line.strip() for file in files for line in read_text(flag, file).split("\n") if line.strip()]
-        prompts = [json.loads(line)["prompt"] for line in lines] if path.endswith(".jsonl") else lines
+        prompts = [json.loads(line)["prompt"] for line in lines] if path.lower().endswith(".jsonl") else lines
         for prompt in prompts:
             prompt.encode()  # half of a surrogate pair is no text
     except Refused:
@@ -364,7 +369,7 @@ def captioned_images(args):
                 read_image(files[0])
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 refuse("--images", files[0], f"a whole image that Pillow can read ({error})")
-    if args.images and not images:
+    if args.images and not (images and Path(args.images).is_dir()):
         refuse("--images", args.images, "a folder of images, each with a .txt of its caption")
     return images
 
@@ -419,7 +424,7 @@ def read_config(flag, model, file, *classes):
         found = config["_class_name"]
     except GatedRepoError:
         refuse(flag, model, f"open to you: accept its licence on https://huggingface.co/{model}, then `hf auth login`")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, RecursionError, ValueError, KeyError, TypeError) as error:
         refuse(flag, model, f"in diffusers' layout, a folder or on the Hub, with a whole {file} ({error!r})")
     if classes and found not in classes:
         refuse(flag, model, f"a {' or '.join(classes)}, not a {found}")
@@ -438,12 +443,12 @@ def check_memory(args, config, lora_targets):
         return
     import diffusers
 
-    try:
-        with torch.device("meta"):  # shapes without memory
+    with torch.device("meta"):  # shapes without memory
+        try:
             policy = getattr(diffusers, config["_class_name"]).from_config(dict(config))
-    except BROKEN_MODEL as error:
-        refuse("--model", args.pretrained_model_name_or_path, f"a model whose config diffusers can build ({error!r})")
-    add_lora(policy, args, lora_targets)
+        except Exception as error:  # of diffusers alone, for a config that fits no network
+            refuse("--model", args.pretrained_model_name_or_path, f"a model that diffusers can build ({error!r})")
+        add_lora(policy, args, lora_targets)
     total = sum(p.numel() for p in policy.parameters())
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     # A trained weight is four numbers in fp32: itself, its gradient, two moments. An average is a fifth.
@@ -480,8 +485,14 @@ def say(line):
 def record(run, metrics):
     """Appends one line to metrics.jsonl. From here on the iteration counts as done."""
     if RANK == 0:
-        with open(run.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(metrics) + "\n")
+        file = run.folder / "metrics.jsonl"
+        length = file.stat().st_size
+        try:
+            with open(file, "a") as opened:
+                opened.write(json.dumps(metrics) + "\n")
+        except OSError:
+            os.truncate(file, length)  # no part of a line stays on a disk that was full
+            raise
     run.step, run.pending = metrics["step"], None
     if RANK > 0:
         return
@@ -705,8 +716,10 @@ def keep_last_iteration(run, *expected):
         run.signalled = True
         signal.signal(number, signal.SIG_DFL)
 
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
-    handlers = {getattr(signal, name): signal.signal(getattr(signal, name), ask_to_stop) for name in names}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
+        numbers.append(signal.SIGHUP)
+    handlers = {number: signal.signal(number, ask_to_stop) for number in numbers}
     failed = True
     reason = ""
     try:
@@ -719,6 +732,9 @@ def keep_last_iteration(run, *expected):
         print_own_frames(error.__cause__)
         reason = one_line(error)
     except (OSError, SafetensorError) as error:
+        last = traceback.extract_tb(error.__traceback__)[-1].filename
+        if last not in OWN_FILES and os.path.dirname(os.__file__) not in last:  # of somebody's changed script
+            raise
         reason = f"a file could not be read or written: {error}"
     finally:
         alone = WORLD == 1 or not failed  # a failed process cannot save alone: the others hold shards, too
@@ -740,10 +756,10 @@ def keep_last_iteration(run, *expected):
 
 
 def print_own_frames(error):
-    """Prints the traceback of an error in a user's own code, without the frames of ours."""
+    """Prints the traceback of an error in a reward, from the first frame on that is not ours."""
     frames = traceback.extract_tb(error.__traceback__) if error else []
-    own = [frame for frame in frames if Path(frame.filename).parent != HERE and "site-packages" not in frame.filename]
-    sys.stderr.writelines(traceback.format_list(own))
+    first = next((i for i, frame in enumerate(frames) if frame.filename not in OWN_FILES), len(frames))
+    sys.stderr.writelines(traceback.format_list(frames[first:]))
 
 
 def check_finite(run, latents, prompts):
@@ -985,15 +1001,19 @@ def keep_freed_memory():
 def claim_folder(args):
     """Makes the folder of the run, with a name of its own if none is given, and locks it until this process ends: a
     second run in it, or a resume of a run that still runs, exits with status 2. Returns the lock."""
-    if args.output_dir is None:
+    if args.output_dir is None:  # the lock below finds out whether a folder can be made here
         name = f"outputs/{Path(PROGRAM).stem}-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
         names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        with contextlib.suppress(OSError):
+            Path("outputs").mkdir(exist_ok=True)
         for args.output_dir in names:
-            if not os.access(".", os.W_OK):
-                break  # the lock below says so
-            with contextlib.suppress(FileExistsError):
-                Path(args.output_dir).mkdir(parents=True)
-                break
+            try:
+                Path(args.output_dir).mkdir()
+            except FileExistsError:
+                continue
+            except OSError:
+                pass
+            break
     lock = FileLock(Path(args.output_dir, ".lock"))
     try:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -1017,15 +1037,16 @@ def loading(*expected):
     diffusers.utils.logging.set_verbosity_error()  # it would print each long prompt
     try:
         yield
-    except (RunError, *expected) as error:
+    except (RunError, Refused, *expected) as error:
         sys.exit(f"{PROGRAM}: error: while loading: {one_line(error)}")
 
 
 def from_pretrained(kind, model, **how):
-    """kind.from_pretrained(model, **how). Raises RunError for files that are missing, not accessible or damaged."""
+    """kind.from_pretrained(model, **how). Raises RunError for files that are missing, not accessible or damaged. What
+    the libraries raise for them has no common class but Exception, and no code but theirs runs here."""
     try:
         return kind.from_pretrained(model, **how)
-    except BROKEN_MODEL as error:
+    except Exception as error:
         hint = ""
         if Path(model).is_dir() and list(Path(model).glob("**/*.fp16.safetensors")):
             hint = " (it has *.fp16.safetensors: a variant; save it without, or rename its files)"
@@ -1120,16 +1141,24 @@ def open_folder(run):
         f"{run.policy_class.__name__}\noutput       {run.folder}")  # fmt: skip
 
 
-def begin_or_continue(run):
-    (run.folder / "samples").mkdir(parents=True, exist_ok=True)
-    if run.args.report_to == "tensorboard" and RANK == 0:
+def begin_tracking(run):
+    """TensorBoard's or W&B's writer. Raises RunError with their own words, such as those about a missing login."""
+    try:
+        if run.args.report_to == "wandb":
+            import wandb
+
+            return wandb.init(dir=run.folder, config=vars(run.args))
         from torch.utils.tensorboard import SummaryWriter
 
-        run.tracker = SummaryWriter(run.folder)
-    if run.args.report_to == "wandb" and RANK == 0:
-        import wandb
+        return SummaryWriter(run.folder)
+    except Exception as error:  # no code but theirs runs here
+        raise RunError(f"--report_to {run.args.report_to}: {one_line(error)}") from error
 
-        run.tracker = wandb.init(dir=run.folder, config=vars(run.args))
+
+def begin_or_continue(run):
+    (run.folder / "samples").mkdir(parents=True, exist_ok=True)
+    if run.args.report_to != "none" and RANK == 0:
+        run.tracker = begin_tracking(run)
     if (run.args.resume_from_checkpoint or "latest") != "latest":
         load_checkpoint(run)
     elif RANK == 0:
@@ -1143,7 +1172,7 @@ def begin_or_continue(run):
             commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
         versions = {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}
         written = {"args": vars(run.args), "commit": commit or None, "python": sys.version} | versions
-        written["files"] = fingerprints(run.args)
+        written |= {"files": fingerprints(run.args), "script": fingerprint_of_script()}
         (run.folder / "args.part").write_text(json.dumps(written, indent=1))
         (run.folder / "args.part").replace(run.folder / "args.json")  # whole or not at all
 

@@ -255,9 +255,10 @@ def split(command):
     """A command line -> its variants, its script, its flags."""
     words = shlex.split(command)
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    return words[:script], words[script], words[script + 1 :]
+    return tuple(words[:script]), words[script], words[script + 1 :]
 
 
+@functools.cache
 def text_of(variants, script):
     return change((ROOT / script).read_text("utf-8"), variants, script)
 
@@ -290,7 +291,8 @@ def run(command, seed):
     resume = ["--resume_from_checkpoint", "latest"] if (folder / "args.json").exists() else []
     words = [sys.executable, str(folder / script), *flags, "--seed", str(seed), "--output_dir", str(folder), *resume]
     # One thread each: two runs side by side do more than one run on two threads.
-    surroundings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    surroundings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(words, cwd=ROOT, env=surroundings, capture_output=True, text=True)
     steps = int(flags[flags.index("--max_train_steps") + 1])
     if done.returncode or read(folder)[-1]["step"] != steps or not (folder / f"checkpoints/step_{steps:06d}").exists():
@@ -397,7 +399,7 @@ def figures_of(folder, experiment):
     before, after = ({name: line[name] for name in experiment.figures if name in line}
                      for line in (evaluated[0], evaluated[-1]))  # fmt: skip
     for name in experiment.extra:
-        base = RUNS / f"{name}-{state_of_the_method(text_of([], 'grpo_flux.py'))[:12]}.json"
+        base = RUNS / f"{name}-{state_of_the_method(text_of((), 'grpo_flux.py'))[:12]}.json"
         for figures, source, file in ((after, folder, folder / f"{name}.json"), (before, None, base)):
             if not file.exists():
                 file.write_text(json.dumps(EXTRA[name](source)))

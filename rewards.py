@@ -49,7 +49,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 
@@ -217,8 +216,8 @@ def patchify(videos, patch, merge):
 
 # ---- REWARDS OF IMAGES -------------------------------------------------------------------------------------------
 def clean(prompt):
-    """The clean-up of text in the code of HPSv2 and of open_clip: ftfy mends it, and HTML entities become plain. The rest,
-    lower case and single spaces, is done by the tokenizer."""
+    """The clean-up of text in the code of HPSv2 and of open_clip: ftfy mends it, and HTML entities become plain. The
+    rest, lower case and single spaces, is done by the tokenizer."""
     return html.unescape(html.unescape(ftfy.fix_text(prompt)))
 
 
@@ -807,10 +806,11 @@ def check_path(model, path):
 
 
 def load_files(name, loader, *words):
-    """loader(*words). Libraries raise all kinds of errors for files that are missing or damaged; here they are one."""
+    """loader(*words). What libraries raise for files that are missing or damaged has no common class but Exception. No
+    code of a user runs here."""
     try:
         return loader(*words)
-    except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
+    except Exception as error:
         raise UnusableReward(f"reward '{name}': {type(error).__name__}: {error}") from error
 
 
@@ -837,8 +837,10 @@ def load_rewards(names, paths=None, device="cpu", dtype=None, chunk_size=8, file
         if path:
             loaded[base] = own_reward(modules[path], function_name)
         elif base in REWARD_TOKENS and base not in loaded:
-            parts = load_files(name, load_videoalign, paths.get("videoalign"), device, dtype)
-            video_reward = VideoAlignReward(names, *parts, file_fps, chunk_size)
+            def load_video_reward(path):
+                return VideoAlignReward(names, *load_videoalign(path, device, dtype), file_fps, chunk_size)
+
+            video_reward = load_files(name, load_video_reward, paths.get("videoalign"))
             loaded |= {"vq": video_reward, "mq": video_reward, "ta": video_reward}
         elif base not in loaded:
             loaded[base] = load_files(name, LOADERS[base], paths.get(base), device, dtype, chunk_size)
@@ -924,7 +926,7 @@ def load_reward_flags(args, device, prompts=(), eval_prompts=(), say=print):
         reads = getattr(reward, "reads", lambda prompt: True)
         foreign = [prompt for prompt in (*(prompts if trained else ()), *eval_prompts) if not reads(prompt)]
         reason = f"it cannot read the prompt {foreign[0]!r}" if foreign else ""
-        if getattr(reward, "size", None) not in (None, (args.height, args.width)):
+        if getattr(reward, "size", None) and tuple(reward.size) != (args.height, args.width):
             reason = f"it takes samples of {reward.size[0]} x {reward.size[1]} only"
         if reason and trained:
             raise UnusableReward(f"reward '{label}': {reason}")

@@ -63,6 +63,12 @@ WINDOW = dict(sde_window=2, sde_window_range=(1, 1))
 TIMES = {"time_s", "samples_per_s"}
 
 
+def scripts(root):
+    """The names of all grpo_*.py, without those that a page of variants/ was applied to, such as grpo_flux_kl."""
+    names = sorted(path.stem for path in root.glob("grpo_*.py"))
+    return [name for name in names if not any(name.startswith(f"{other}_") for other in names)]
+
+
 def argv(files, output_dir, **changes):
     flags = SMALL | {"eval_prompts": files / "heldout.txt", "output_dir": output_dir} | changes
     words = []

@@ -14,7 +14,7 @@ PLACES = {
     "check": "    if G < 2:",
     "check of the model": '    vae = harness.read_config("--model", name, "vae/config.json", "AutoencoderKL")',
     "load": "    encoders = [pipe.text_encoder, pipe.text_encoder_2]",
-    "encode": "    length = models.pipe.tokenizer_2.model_max_length",
+    "encode": '    return {"encoder_hidden_states": tokens, "pooled_projections": pooled}',
     "plan": "    first, last = args.sde_window_range",
     "predict": "    ones = latents.new_ones(len(latents))",
     "decode": "    config = models.vae.config",

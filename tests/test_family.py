@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 
 import harness
 import rewards
+from small import scripts
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "tiny"
-SCRIPTS = sorted(path.stem for path in ROOT.glob("grpo_*.py"))
+SCRIPTS = scripts(ROOT)
 OTHERS = [name for name in SCRIPTS if name != "grpo_flux"]
 OVER = {"grpo_hunyuan_video": ":mean", "grpo_skyreel_i2v": ":mean"}  # how an image reward reads a script's samples
 every_script = pytest.mark.parametrize("script", SCRIPTS)

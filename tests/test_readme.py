@@ -16,12 +16,13 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 
 import harness
+from small import scripts
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ["README.md", "RESULTS.md", "docs/real_weights.md", "docs/faq.md", "docs/paper_map.md"]
 FLAGS_OF_OTHERS = {"--reward_rate", "--shutdown-timeout", "--gradient_accumulation_steps"}  # of bench.py, of torchrun, of the authors
 PAGES = ["README.md", "RESULTS.md", "docs/real_weights.md"]  # they hold commands
-SCRIPTS = sorted(path.stem for path in ROOT.glob("grpo_*.py"))
+SCRIPTS = scripts(ROOT)
 
 
 def text_of(name):

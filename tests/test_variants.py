@@ -4,7 +4,6 @@ that the page names. The bugs of variants/bugs/ are each caught by the test that
 import functools
 import importlib
 import math
-import os
 import re
 import subprocess
 import sys

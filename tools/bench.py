@@ -9,7 +9,7 @@ loop_overhead  one iteration / the bare calls in it: the transformer's forward a
                batch, the decoder and the reward. What is above 1 is the price of everything else in the script.
 batch_gain     images trained a second at the default micro-batch / at micro-batch 1, the way of the authors' scripts.
 work           rows through the network in an iteration, rollout and update: the default / the same window without a
-               shared prefix and a coarse tail.
+               coarse tail.
 peak_memory    of a run of two iterations with both evaluations, in a process of its own.
 reward_rate    rise of held-out hps, and area under the rise over time: the default run / the paper's SDE over all steps
                with its four updates, in as much time.
@@ -37,8 +37,8 @@ sys.path.insert(0, str(ROOT))
 import harness  # noqa: E402  before torch: it sets how torch's threads wait
 
 import grpo_flux  # noqa: E402
-import grpo_sd14  # noqa: E402
 import torch  # noqa: E402
+from variants.apply import change  # noqa: E402
 
 PAPER = "--sde_window 0 --timestep_fraction 0.6 --eta 0.3 --num_updates 4 --clip_range 1e-4".split()
 PAPER += ["--learning_rate", "1e-4"]  # that of the row in RESULTS.md
@@ -156,14 +156,18 @@ def print_trl(rounds, folder, python):
     reward = Path(folder, "brightness.py")
     reward.write_text("def brightness(images, prompts):\n    return images.mean((1, 2, 3))\n")
     flags = "--sde_window 0 --tail_steps 0".split()
-    run = make_run(f"{folder}/ours", "--reward", f"{reward}:brightness", *flags, script=grpo_sd14)
+    text = change((ROOT / "grpo_sd14.py").read_text(), ["last_transition"], "grpo_sd14.py")  # TRL trains it, too
+    Path(folder, "grpo_sd14_last.py").write_text(text)
+    sys.path.append(str(folder))
+    script = importlib.import_module("grpo_sd14_last")
+    run = make_run(f"{folder}/ours", "--reward", f"{reward}:brightness", *flags, script=script)
     environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     command = [python, Path(__file__).with_name("bench_trl.py")]
     peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                             text=True, env=environment)  # fmt: skip
     ratios = []
     for step in range(rounds + 1):
-        ours = seconds(lambda: grpo_sd14.train_step(run, step))
+        ours = seconds(lambda: script.train_step(run, step))
         peer.stdin.write("\n")
         peer.stdin.flush()
         theirs = float(peer.stdout.readline().split()[1])
