@@ -692,7 +692,8 @@ def run_file(path):
     finally:
         torch.set_grad_enabled(before[0])
         torch.set_default_dtype(before[1])
-        torch.set_default_device(before[2])
+        if torch.get_default_device() != before[2]:
+            torch.set_default_device(None)  # to set "cpu" would be a mode of its own, in which as_tensor moves tensors
         os.chdir(before[3])
 
 

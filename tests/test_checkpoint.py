@@ -25,6 +25,7 @@ def run(tmp_path):
     args = Namespace(
         rank=0, lora_alpha=0, seed=0, gradient_checkpointing=False, compile=False, mixed_precision="no",
         ema_decay=0.0, num_updates=1, checkpoints_total_limit=2, resume_from_checkpoint=None,
+        pretrained_model_name_or_path="a model",
     )  # fmt: skip
     models = SimpleNamespace(policy=policy, vae=nn.Linear(1, 1), encoders=[])
     run = SimpleNamespace(

@@ -233,6 +233,7 @@ def test_weights_that_are_not_as_pinned_end_the_run_with_one_line(folder, monkey
 @pytest.mark.parametrize("rank, said", [(0, 1), (1, 0)])
 def test_one_process_of_a_machine_says_what_is_wrong(rank, said, folder, capsys, monkeypatch):
     monkeypatch.setattr(harness, "LOCAL_RANK", rank)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
     with pytest.raises(SystemExit) as stop:
         g.parse_args(["--eta", "0"])
     assert stop.value.code == 2 and capsys.readouterr().err.count("error: argument --eta: 0") == said

@@ -70,4 +70,4 @@ def test_the_demo_shows_what_it_says(tmp_path, capsys):
     assert math.isclose(best, 1 + demo_1d.WIDTH**2 / demo_1d.BETA, abs_tol=1e-3)
     assert abs(after - best) < 0.03 < best - before
     picture = Image.open(tmp_path / "picture.png").convert("L")
-    assert picture.size == (1200, 320) and len(set(picture.get_flattened_data())) > 20
+    assert picture.size == (1200, 340) and len(set(picture.get_flattened_data())) > 20

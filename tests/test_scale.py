@@ -167,7 +167,7 @@ def test_processes_share_neither_prompts_nor_noise(words, start, tmp_path):
     }
     for step in range(2):
         mine, others = (s["prompts"][step] for s in spied)
-        assert len(mine) == len(others) == 2 and not set(mine) & set(others)
+        assert len(set(mine)) == len(set(others)) == 2 and not set(mine) & set(others)
 
 
 def test_a_killed_process_ends_the_job_and_the_run_resumes_bit_for_bit(start, train, tmp_path):

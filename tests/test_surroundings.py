@@ -150,6 +150,7 @@ def test_what_the_import_of_a_reward_changes_is_put_back(what, folder):
     module = rewards.run_file("own.py")
     assert module.one(None, None) == [1.0, 1.0]
     assert before == (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device(), os.getcwd())
+    assert torch.as_tensor(torch.empty(2, device="meta")).device.type == "meta", "no mode of torch's is left"
 
 
 def test_a_watched_reward_of_another_size_is_left_out_and_a_trained_one_is_refused(folder):
