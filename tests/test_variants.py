@@ -161,22 +161,19 @@ def test_a_page_names_its_commands_and_its_tests(page):
 
 
 @pytest.mark.parametrize("page, script", PAIRS)
-def test_a_changed_script_keeps_the_ratio_at_1_and_repeats_itself(page, script, build):
-    """Two iterations; then the same two again, from the same seed."""
-    g, metrics = variant_of(script, page), []
+def test_a_changed_script_trains_with_a_ratio_of_1(page, script, build):
+    """Two iterations of two updates, so that the second update has another ratio; and an evaluation."""
+    g = variant_of(script, page)
     flags = WINDOW | dict(eta=0.6, num_inference_steps=5, tail_steps=1, train_batch_size=4, num_updates=2, best_of_n=2)
-    if page == "last_transition":
-        flags["sde_window"] = 0
-    reward = f"red{':mean' if 'video' in script or 'skyreel' in script else ''}"
-    if script == "grpo_sd14":
-        flags |= dict(shift=None)
-    for _ in range(2):
-        run = build(g, **flags, reward=reward, eval_reward=reward)
-        metrics.append([g.train_step(run, step) for step in range(2)])
-    for one, again in zip(*metrics):
-        assert one["ratio_max_dev"] == 0.0 and one["grad_norm"] > 0 and math.isfinite(one["loss"])
-        assert all(one[key] == again[key] for key in one.keys() - small.TIMES)
-    g.evaluate(run, 2)
+    flags |= dict(sde_window=0) if page == "last_transition" else {}
+    flags |= dict(shift=None) if script == "grpo_sd14" else {}
+    flags |= dict(reward="red:mean", eval_reward="red:mean", num_frames=5) if script in FLOWS[1:] else {}
+    run = build(g, **flags)
+    for step in range(2):
+        metrics = g.train_step(run, step)
+        assert metrics["ratio_max_dev"] == 0.0 and metrics["grad_norm"] > 0 and math.isfinite(metrics["loss"])
+        assert metrics["ratio_mean"] != 1
+    assert g.evaluate(run, 2).keys() >= {"eval/red:mean" if script in FLOWS[1:] else "eval/red"}
 
 
 # ---- KL ----------------------------------------------------------------------------------------------------------
