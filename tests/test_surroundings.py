@@ -113,7 +113,8 @@ def test_a_tilde_is_the_home_folder(folder, monkeypatch):
     assert args.output_dir == str(folder / "home/run")
 
 
-def test_a_run_ends_with_a_checkpoint_when_its_terminal_closes(folder, monkeypatch):
+@pytest.mark.parametrize("before, last", [(signal.SIG_DFL, 2), (signal.SIG_IGN, 3)], ids=["terminal", "nohup"])
+def test_a_run_ends_with_a_checkpoint_when_its_terminal_closes_but_not_under_nohup(before, last, folder, monkeypatch):
     train_step = g.train_step
 
     def closed(run, iteration):
@@ -122,8 +123,12 @@ def test_a_run_ends_with_a_checkpoint_when_its_terminal_closes(folder, monkeypat
         return train_step(run, iteration)
 
     monkeypatch.setattr(g, "train_step", closed)
-    g.main(words(folder, max_train_steps=5))
-    assert [path.name for path in (folder / "run/checkpoints").iterdir()] == ["step_000002"]
+    found = signal.signal(signal.SIGHUP, before)
+    try:
+        g.main(words(folder, max_train_steps=3))
+    finally:
+        signal.signal(signal.SIGHUP, found)
+    assert [path.name for path in (folder / "run/checkpoints").iterdir()] == [f"step_{last:06d}"]
 
 
 def test_the_lock_of_a_run_is_that_of_filelock(folder):
