@@ -1060,7 +1060,7 @@ def load_text_encoders(model, dtype):
 
     parts = {}
     for part, entry in read_config("--model", model, "model_index.json").items():
-        if not isinstance(entry, list) or entry[0] != "transformers":
+        if not isinstance(entry, list) or len(entry) < 2 or entry[0] != "transformers":
             continue
         network = getattr(transformers, str(entry[1]), None)
         if isinstance(network, type) and issubclass(network, transformers.PreTrainedModel):

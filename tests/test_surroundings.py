@@ -270,6 +270,13 @@ def test_a_folder_with_weights_of_another_variant_says_so(model, folder):
         g.main(words(folder, model=model))
 
 
+@pytest.mark.parametrize("entry", [[], ["transformers"], "transformers", None])
+def test_a_part_of_a_pipeline_that_is_not_named_is_none_of_ours(entry, model):
+    index = json.loads((model / "model_index.json").read_text()) | {"text_encoder": entry}
+    (model / "model_index.json").write_text(json.dumps(index))
+    assert harness.load_text_encoders(str(model), torch.float32).keys() == {"text_encoder_2"}
+
+
 def test_a_schedule_from_alpha_bar_0_is_refused(folder, capsys):
     shutil.copytree(TINY / "sd14", folder / "sd", symlinks=False)
     file = folder / "sd/scheduler/scheduler_config.json"
