@@ -376,7 +376,7 @@ def evaluate(run, iteration):
     conds = harness.conditions(run, prompts)
     levels, etas = schedule(args).tolist(), [0.0] * args.num_inference_steps
     shown, scores = {}, []
-    with harness.averaged_weights(run), harness.on_device(device, [models.vae]):
+    with harness.other_weights(run, run.ema), harness.on_device(device, [models.vae]):
         for b in torch.arange(len(rows)).split(args.train_batch_size):
             latents = init_latents(models, args, [seeded("eval", rows[i]) for i in b])
             cond = harness.stack([conds[i] for i in b], device)
@@ -448,4 +448,3 @@ def main(argv=None):
 # ==== END ALGORITHM ZONE ==============================================================================================
 if __name__ == "__main__":
     main()
-    harness.leave()

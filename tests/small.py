@@ -1,6 +1,7 @@
 """A small run on the tiny models, what happens inside it, and its loss written by hand. Tests share this."""
 
 import math
+import sys
 from types import SimpleNamespace
 
 import torch
@@ -61,6 +62,14 @@ SMALL = dict(
 )  # fmt: skip
 WINDOW = dict(sde_window=2, sde_window_range=(1, 1))
 TIMES = {"time_s", "samples_per_s"}
+
+
+def patch(monkeypatch, name, value):
+    """harness.NAME is this value, in each of its rooms that uses it."""
+    rooms = [room for key, room in sys.modules.items() if key.split(".")[0] == "harness" and name in vars(room)]
+    assert rooms, name
+    for room in rooms:
+        monkeypatch.setattr(room, name, value)
 
 
 def scripts(root):

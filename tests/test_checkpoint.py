@@ -1,4 +1,4 @@
-"""A checkpoint of a network that no script trains: what harness.py writes, diffusers loads back as it was."""
+"""A checkpoint of a network that no script trains: what the harness writes, diffusers loads back as it was."""
 
 from argparse import Namespace
 from types import SimpleNamespace

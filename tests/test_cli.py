@@ -18,6 +18,7 @@ from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError
 import grpo_flux as g
 import harness
 import rewards
+import small
 
 TINY = harness.HERE / "tiny"
 ANSWER = SimpleNamespace(headers={}, request=None)  # of the Hub, without its words
@@ -50,10 +51,10 @@ def folder(tmp_path, monkeypatch):
         (files / name / "training_state").mkdir(parents=True)
     (files / "torn/args.json").touch()
     args = g.parse_args(["--output_dir", str(files / "run")])
-    (files / "run/args.json").write_text(json.dumps({"args": vars(args), "files": harness.fingerprints(args)}))
+    written = {"args": vars(args), "files": harness.checkpoints.fingerprints(args)}
+    (files / "run/args.json").write_text(json.dumps(written))
     (files / "run/metrics.jsonl").touch()
-    hashes = {"files": {}, "args": harness.fingerprint(files / "run/args.json"), "metrics_length": 0}
-    hashes["metrics"] = hashlib.sha256(b"").hexdigest()
+    hashes = {"files": {}, "metrics_length": 0, "metrics": hashlib.sha256(b"").hexdigest()}
     (files / "run/checkpoints/step_000002/hashes.json").write_text(json.dumps(hashes))
     monkeypatch.chdir(here)
     return files
@@ -138,7 +139,6 @@ BAD = """
 --checkpoints_total_limit 0                                           from 1
 --output_dir FILES/run                                                --resume_from_checkpoint
 --output_dir FILES/empty.txt                                          a folder
---output_dir=                                                         a folder
 --resume_from_checkpoint FILES/absent                                 checkpoint
 --resume_from_checkpoint=                                             checkpoint
 --resume_from_checkpoint latest                                       --output_dir
@@ -182,7 +182,7 @@ def test_prompts_of_the_hub_are_downloaded_at_their_revision(folder, monkeypatch
     (folder / "some.jsonl").write_text('{"prompt": "a red circle"}\n{"prompt": "a blue ring"}\n')
     asked = []
     file = folder / "some.jsonl"
-    monkeypatch.setattr(harness, "download", lambda *words, **named: asked.append((words, named)) or file)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *words, **named: asked.append((words, named)) or file)
     for address, revision in (("owner/name/data/some.jsonl", None), ("owner/name@v1/data/some.jsonl", "v1")):
         g.parse_args(["--prompts", f"hf://datasets/{address}"])
         assert asked[-1] == (("owner/name", "data/some.jsonl"), {"repo_type": "dataset", "revision": revision})
@@ -197,7 +197,7 @@ def test_a_gated_model_says_where_its_licence_is(script, folder, capsys, monkeyp
     def refuse(name, *args, **kwargs):
         raise GatedRepoError("401 Client Error.\n\nAccess is restricted.", response=ANSWER)
 
-    monkeypatch.setattr(harness, "download", refuse)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(script).parse_args(["--model", "owner/name"])
     error = capsys.readouterr().err
@@ -209,7 +209,7 @@ def test_prompts_that_the_hub_has_not_are_refused_in_one_line(folder, capsys, mo
     def refuse(*args, **kwargs):
         raise RemoteEntryNotFoundError("404 Client Error.\n\nEntry Not Found", response=ANSWER)
 
-    monkeypatch.setattr(harness, "download", refuse)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
     with pytest.raises(SystemExit) as stop:
         g.parse_args(["--prompts", "hf://datasets/owner/name/prompts.txt"])
     error = capsys.readouterr().err
@@ -232,7 +232,7 @@ def test_weights_that_are_not_as_pinned_end_the_run_with_one_line(folder, monkey
 
 @pytest.mark.parametrize("rank, said", [(0, 1), (1, 0)])
 def test_one_process_of_a_machine_says_what_is_wrong(rank, said, folder, capsys, monkeypatch):
-    monkeypatch.setattr(harness, "LOCAL_RANK", rank)
+    small.patch(monkeypatch, "LOCAL_RANK", rank)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     with pytest.raises(SystemExit) as stop:
         g.parse_args(["--eta", "0"])
@@ -252,7 +252,7 @@ def test_a_real_preset_without_a_gpu_is_refused_before_anything_loads(folder, ca
      ("--prompts_per_step 10 --num_updates 5", "--num_updates 5: must be a divisor of the 24 samples that each process trains")],
 )  # fmt: skip
 def test_what_several_processes_cannot_share_is_refused(words, accepted, folder, capsys, monkeypatch):
-    monkeypatch.setattr(harness, "WORLD", 5)
+    small.patch(monkeypatch, "WORLD", 5)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     with pytest.raises(SystemExit):
         g.parse_args(words.split())
@@ -260,7 +260,7 @@ def test_what_several_processes_cannot_share_is_refused(words, accepted, folder,
 
 
 def test_a_package_that_is_missing_is_named(folder, capsys, monkeypatch):
-    monkeypatch.setattr(harness, "find_spec", lambda name: None)
+    small.patch(monkeypatch, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         g.parse_args(["--report_to", "wandb"])
     assert "--report_to wandb" in capsys.readouterr().err
@@ -358,7 +358,7 @@ def test_the_other_presets_are_the_authors_scripts(name, script, preset):
 @pytest.mark.parametrize("name", g.PRESETS)
 def test_every_value_of_a_preset_gives_way_to_a_flag(name, preset, monkeypatch):
     monkeypatch.setattr(g, "check_args", lambda args: None)
-    monkeypatch.setattr(harness, "check_run", lambda args: None)
+    small.patch(monkeypatch, "check_run", lambda args: None)
     for key, value in g.PRESETS[name].items():
         if isinstance(value, bool):
             words, other = [f"--no-{key}" if value else f"--{key}"], not value
@@ -393,7 +393,7 @@ def test_what_just_works_is_not_refused(words, folder):
 
 
 def test_a_continuation_may_differ_in_nothing_else(folder, capsys, monkeypatch):
-    monkeypatch.setattr(harness, "check_checkpoint", lambda *args: None)
+    small.patch(monkeypatch, "check_checkpoint", lambda *args: None)
     record = json.loads((folder / "run/args.json").read_text())
     words = ["--resume_from_checkpoint", "latest", "--output_dir", str(folder / "run")]
     free = {"output_dir", "resume_from_checkpoint", "max_train_steps", "report_to", "checkpointing_steps",

@@ -109,15 +109,6 @@ def test_a_flag_has_one_spelling_and_one_meaning():
 
 
 @every_script
-def test_every_flag_is_read(script):
-    module = importlib.import_module(script)
-    source = inspect.getsource(module).replace(inspect.getsource(module.parse_args), "")
-    source += inspect.getsource(harness) + inspect.getsource(rewards)
-    for name in flags_of(script):
-        assert re.search(rf"args\.{name}\b", source), f"--{name} is never read"
-
-
-@every_script
 def test_presets_bear_the_same_names(script):
     module = importlib.import_module(script)
     assert "tiny" in module.PRESETS and {*module.PRESETS} <= {"tiny", "lora", "fast", "paper", "official"}

@@ -641,7 +641,7 @@ def test_encoders_and_decoder_are_on_the_device_only_while_they_work(build, monk
 
         return call
 
-    monkeypatch.setattr(harness, "on_device", watched)
+    small.patch(monkeypatch, "on_device", watched)
     run.encode = must_be_inside("encode", run.encode, run.models.encoders)
     monkeypatch.setattr(g, "decode", must_be_inside("decode", g.decode, [run.models.vae]))
     g.train_step(run, 0)
@@ -667,7 +667,7 @@ def test_a_rollout_with_gradients_is_the_same_and_keeps_no_graph(build, monkeypa
         return g.rollout(run, latents, cond, *g.plan(args, 0), noise)
 
     without = roll()
-    monkeypatch.setattr(harness, "as_in_training", lambda run: torch.enable_grad())
+    small.patch(monkeypatch, "as_in_training", lambda run: torch.enable_grad())
     for a, b in zip(without, roll(), strict=True):
         assert same({"": a.nan_to_num()}, {"": b.nan_to_num()}) and not b.requires_grad
 
@@ -989,7 +989,7 @@ def test_old_checkpoints_are_deleted_beyond_the_limit(files, tmp_path):
 def test_a_checkpoint_is_whole_or_absent(build, monkeypatch):
     run = build()
     with monkeypatch.context() as patch:
-        patch.setattr(harness, "save_policy", lambda *_: 1 / 0)
+        small.patch(patch, "save_policy", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             save(run, 1)
     assert not list((run.folder / "checkpoints").glob("step_??????"))
@@ -1142,14 +1142,14 @@ def test_three_processes_evaluate_what_one_does(build, monkeypatch):
         run.args.eval_samples, everyone, said = samples, harness.everyone, {}
         alone = g.evaluate(run, 0)
         with monkeypatch.context() as patch:
-            patch.setattr(harness, "WORLD", 3)
+            small.patch(patch, "WORLD", 3)
             for rank in range(3):
-                patch.setattr(harness, "RANK", rank)
+                small.patch(patch, "RANK", rank)
                 said[rank] = []
-                patch.setattr(harness, "everyone", lambda v, device: said[rank].append(v) or v.double().expand(3, -1))
+                small.patch(patch, "everyone", lambda v, device: said[rank].append(v) or v.double().expand(3, -1))
                 g.evaluate(run, 0)
             turns = iter(zip(*said.values()))
-            patch.setattr(harness, "everyone", lambda values, device: torch.stack(next(turns)).double())
+            small.patch(patch, "everyone", lambda values, device: torch.stack(next(turns)).double())
             assert g.evaluate(run, 0) == pytest.approx(alone, abs=1e-5)
         assert harness.everyone is everyone
 

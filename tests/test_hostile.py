@@ -57,7 +57,7 @@ def test_a_pickle_in_a_rewards_checkpoint_is_not_run(mark):
     file = Path("weights.pt")
     file.write_bytes(pickle.dumps(Payload(mark)))
     with pytest.raises(Exception):
-        rewards.load_pickle(file, harness.fingerprint(file))  # even with the right sha256
+        rewards.load_pickle(file, harness.checkpoints.fingerprint(file))  # even with the right sha256
     assert not mark.exists()
 
 

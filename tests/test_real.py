@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import harness
+import small
 
 
 def count(network):
@@ -182,7 +183,7 @@ def test_a_policy_that_does_not_fit_is_refused_with_what_it_needs(script, flags,
     gpu = SimpleNamespace(total_memory=gib * 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    monkeypatch.setattr(harness, "WORLD", processes)
+    small.patch(monkeypatch, "WORLD", processes)
     module = importlib.import_module(script)
     kind, config = MODELS[script][1][module.PART]
     args = SimpleNamespace(**dict(mixed_precision="bf16", ema_decay=0.0, lora_alpha=0) | flags)

@@ -102,7 +102,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(folder, capsys, monkeypatch
     args = g.parse_args(words(folder))
     monkeypatch.setattr(Path, "mkdir", full)
     with pytest.raises(SystemExit) as stop:
-        harness.claim_folder(args)
+        harness.processes.claim_folder(args)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and "Permission denied" in error
 
@@ -236,9 +236,9 @@ def test_only_images_and_captions_count_in_a_folder_of_images(images, capsys):
 
 def test_images_without_a_caption_are_counted_in_a_line(images, capsys):
     Image.new("RGB", (64, 64)).save(images / "c.jpg")
-    args = skyreel.parse_args(["--images", str(images), "--output_dir", "run"])
-    harness.start_run(args).lock.release()
-    assert f"left out     1 images of {images} without a caption, such as c\n" == capsys.readouterr().out
+    run = skyreel.make_run(skyreel.parse_args(["--images", str(images), "--output_dir", "run"]))
+    run.lock.release()
+    assert f"left out     1 images of {images} without a caption, such as c\n" in capsys.readouterr().out
 
 
 def test_a_caption_in_another_encoding_is_named(images, capsys):
