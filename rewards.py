@@ -45,6 +45,7 @@ from pathlib import Path
 # parts on first use. The command line checks names with this file and must answer before these parts load.
 import ftfy
 import huggingface_hub
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
@@ -121,11 +122,17 @@ def quantise(images):
 
 
 def resize(images, height, width):
-    """(B, 3, H, W) -> (B, 3, height, width), bicubic. The result leaves [0, 1] by a few per cent: bicubic overshoots.
-
-    With antialias=True, shrinking agrees with PIL and with torchvision since 0.17.
-    """
+    """(B, 3, H, W) -> (B, 3, height, width), bicubic, as torchvision resizes tensors (HPSv2, VideoAlign). The result
+    leaves [0, 1] by a few per cent: bicubic overshoots."""
     return F.interpolate(images, (height, width), mode="bicubic", antialias=True, align_corners=False)
+
+
+def resize_in_bytes(images, height, width):
+    """The same as Pillow resizes files (DFN, PickScore, LAION): it rounds to 256 levels and clips between its two passes.
+    On noise that is up to a tenth away from `resize`."""
+    rows = (quantise(images) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    rows = [np.array(Image.fromarray(row).resize((width, height), Image.Resampling.BICUBIC)) for row in rows]
+    return torch.from_numpy(np.stack(rows)).to(images.device).permute(0, 3, 1, 2) / 255
 
 
 def letterbox(images, size):
@@ -145,7 +152,7 @@ def letterbox(images, size):
 
 def squash(images, size):
     """(B, 3, H, W) -> (B, 3, size, size) in [0, 1]. Proportions are ignored, as when DFN was trained."""
-    return quantise(resize(images, size, size))
+    return resize_in_bytes(images, size, size)
 
 
 def centre_crop(images, size, rounded=False):
@@ -159,7 +166,7 @@ def centre_crop(images, size, rounded=False):
     short = min(height, width)
     height, width = int(size * height / short), int(size * width / short)
     top, left = (round(odd / 2) if rounded else odd // 2 for odd in (height - size, width - size))
-    return quantise(resize(images, height, width))[..., top : top + size, left : left + size]
+    return resize_in_bytes(images, height, width)[..., top : top + size, left : left + size]
 
 
 def normalise(images):
