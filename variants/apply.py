@@ -4,17 +4,23 @@
     python variants/apply.py kl grpo_flux.py > grpo_flux_kl.py        one page
     python variants/apply.py kl cps grpo_flux.py > grpo_flux_both.py  several, if they do not touch the same lines
     python variants/apply.py bugs/sign_of_the_score sde.py > sde_with_a_bug.py
+    python variants/apply.py --exercise 7 FOLDER                      a copy of all files, with bug 7 or hole 7 in it
+    python variants/apply.py --solved FOLDER                          runs the tests that know
 
 The changes of a page are its ```diff blocks: lines that begin with a space or - have to stand in the script, exactly
 once and one below the other; lines that begin with + take the place of those with -. A block that begins with
 ```diff NAME ... is for the files of these names alone; a script with a name of its own takes those that fit it.
 """
 
+import hashlib
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 VARIANTS = Path(__file__).resolve().parent
+ROOT = VARIANTS.parent
 FILES = ("grpo_flux.py", "grpo_sd14.py", "grpo_hunyuan_video.py", "grpo_skyreel_i2v.py", "sde.py", "rewards.py")
 
 
@@ -66,12 +72,47 @@ def pages():
     return [str(file.relative_to(VARIANTS).with_suffix("")) for file in files if file.name != "README.md"]
 
 
+def exercises():
+    """The pages of all exercises, from number 1 on: bugs, in an order that does not tell which, and then holes."""
+    bugs = sorted(VARIANTS.glob("bugs/[!R]*.md"), key=lambda file: hashlib.sha256(file.stem.encode()).hexdigest())
+    return [*bugs, *sorted(VARIANTS.glob("exercises/[!R]*.md"))]
+
+
+def make_exercise(number, folder):
+    """Copies all files into a new folder, but those that tell, and puts the bug or the hole into the copy."""
+    known = exercises()
+    if not number.isdigit() or not 1 <= int(number) <= len(known):
+        raise ValueError(f"--exercise {number}: must be a number from 1 to {len(known)}")
+    if folder.exists() or folder.resolve().is_relative_to(ROOT):
+        raise ValueError(f"{folder}: must be a new folder outside of {ROOT}")
+    page = known[int(number) - 1]
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "outputs", "venv", "bugs", "exercises"))
+    name = str(page.relative_to(VARIANTS).with_suffix(""))
+    for script in sorted({file for files, _, _ in blocks_of(page.read_text("utf-8")) for file in files}):
+        text = (folder / script).read_text("utf-8")
+        (folder / script).write_text(change(text, [name], script), "utf-8")
+    (folder / "exercise.txt").write_text(f"{number}\n")
+    task = page.read_text("utf-8").split("```")[0] if page.parent.name == "exercises" else "A bug is in one of the files."
+    print(f"{task.strip()}\n\nChange {folder}, then: python variants/apply.py --solved {folder}")
+
+
+def check_exercise(folder):
+    """Runs the tests that the page of a folder's exercise names. Returns pytest's exit status."""
+    page = exercises()[int((folder / "exercise.txt").read_text()) - 1].read_text("utf-8")
+    tests = re.findall(r"`(tests/\S+?::\w+)`", page[page.index("aught by" if "aught by" in page else "hecked by") :])
+    return subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=folder).returncode
+
+
 def main(words):
     if not words:
         print("\n".join(pages()))
         return
     *names, script = words
     try:
+        if words[0] == "--exercise" and len(words) == 3:
+            return make_exercise(words[1], Path(words[2]))
+        if words[0] == "--solved" and len(words) == 2:
+            sys.exit(check_exercise(Path(words[1])))
         if not names:
             raise ValueError(f"{script}: must be names of pages and then a script")
         text = change(Path(script).read_text(encoding="utf-8"), names, Path(script).name)
