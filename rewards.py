@@ -223,7 +223,7 @@ def patchify(videos, patch, merge):
 
 # ---- REWARDS OF IMAGES -------------------------------------------------------------------------------------------
 def clean(prompt):
-    """The clean-up of text in the code of HPSv2 and of open_clip: ftfy mends it, and HTML entities become plain. The
+    """The clean-up of text in the code of HPSv2 and of open_clip: ftfy repairs it, and HTML entities become plain. The
     rest, lower case and single spaces, is done by the tokenizer."""
     return html.unescape(html.unescape(ftfy.fix_text(prompt)))
 

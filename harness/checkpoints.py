@@ -66,7 +66,7 @@ def check_resume(args):
         say(f"resumed      with another {PROGRAM} than the one that made the run")
     for path, known in fingerprints(args).items():
         if path.endswith(".py") and files.get(path) != known:
-            say(f"resumed      with another {path}: a reward may be mended, but the run is no longer the unbroken one")
+            say(f"resumed      with another {path}: a reward may be fixed, but the run is no longer the unbroken one")
         elif files.get(path) != known:
             refuse(flag, args.resume_from_checkpoint, f"of a run with unchanged files: {path} has changed")
     if checkpoint and RANK == 0:

@@ -23,7 +23,7 @@ WORLD = int(os.environ.get("WORLD_SIZE") or 1)
 
 
 class RunError(RuntimeError):
-    """Stops a run for a reason that its user can mend. The message is all that is printed, without a traceback."""
+    """Stops a run for a reason that its user can remove. The message is all that is printed, without a traceback."""
 
 
 class Refused(argparse.ArgumentTypeError, ValueError):
@@ -40,7 +40,7 @@ def one_line(text):
 
 @contextlib.contextmanager
 def using_files_of(path):
-    """In this context an error of the disk is one that a user can mend, not a bug."""
+    """In this context an error of the disk is no bug, and ends the run with a line."""
     try:
         yield
     except (OSError, SafetensorError) as error:

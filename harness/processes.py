@@ -96,7 +96,7 @@ def seeded(*key):
 
 
 def prompts_of_step(prompts, step, count, seed):
-    """`count` prompts for an iteration. All prompts are shuffled anew in each epoch."""
+    """`count` prompts for an iteration. Each epoch has all prompts, in an order of its own."""
     first = step * count // len(prompts)  # epoch
     last = ((step + 1) * count - 1) // len(prompts)
     order = [torch.randperm(len(prompts), generator=seeded(seed, "epoch", epoch)) for epoch in range(first, last + 1)]
