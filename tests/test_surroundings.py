@@ -178,7 +178,7 @@ def test_the_code_of_a_reward_may_be_mended_and_a_line_says_so(folder, capsys):
             g.main(words(folder, max_train_steps=2))
     (folder / "rewards.py").write_text(REWARDS + "\n# mended\n")
     g.main(words(folder, max_train_steps=2, resume_from_checkpoint="latest"))
-    assert "a reward may be mended" in capsys.readouterr().out
+    assert "a reward may be fixed" in capsys.readouterr().out
     assert len((folder / "run/metrics.jsonl").read_text().splitlines()) == 3
 
 
