@@ -248,7 +248,12 @@ def load_checkpoint(run):
     run.step = run.saved = int(checkpoint.name.removeprefix("step_"))
     with torch.no_grad():
         reader = dcp.HuggingFaceStorageReader(str(checkpoint / "training_state"))
-        dcp.load(training_state(run), storage_reader=reader, no_dist=WORLD == 1)  # into the tensors themselves
+        state, written = training_state(run), reader.read_metadata().state_dict_metadata
+        for name, parameter in run.trained.items():
+            if f"optimizer.{name}.step" not in written:  # it never had a gradient, so AdamW made it no moments
+                for key in run.optimizer.state.pop(parameter):
+                    del state[f"optimizer.{name}.{key}"]
+        dcp.load(state, storage_reader=reader, no_dist=WORLD == 1)  # into the tensors themselves
     if run.ema:
         run.ema.optimization_step = run.step * run.args.num_updates
     metrics = run.folder / "metrics.jsonl"

@@ -116,6 +116,34 @@ def length(vector):
     return float(vector.double().norm())
 
 
+def check_samples(g, run, prompts, wrong=None, scheduler=None, limit=1e-4, **call):
+    """Without noise, the script g samples what its pipeline's own call samples from the same latents. On other levels,
+    which also go from noise to data, it does not. call: what the pipeline needs besides prompts, size and steps."""
+    args, pipe = run.args, run.models.pipe
+    pipe.scheduler = scheduler or pipe.scheduler
+    pipe.set_progress_bar_config(disable=True)
+    latents = g.init_latents(run.models, args, [g.seeded(i) for i in range(len(prompts))])
+    cond = g.encode_prompts(run.models, args, prompts)
+    levels, zeros = g.schedule(args), [0.0] * args.num_inference_steps
+    if wrong is None:
+        wrong = levels.clone()
+        wrong[1] = (levels[0] + levels[1]) / 2
+    assert len(levels) == len(wrong) == len(zeros) + 1
+    expected = pipe(
+        prompt=prompts, latents=latents, height=args.height, width=args.width, output_type="pt",
+        num_inference_steps=args.num_inference_steps, **call,
+    )[0]  # fmt: skip
+    errors = []
+    for points in (levels, wrong):
+        _, log_probs, samples = g.rollout(run, latents, cond, points.tolist(), zeros)
+        assert log_probs.isnan().all() and samples.shape == expected.shape and samples.std() > 0.01
+        errors.append(float((samples - expected).abs().max()))
+    where = "is `schedule` that of the pipeline? Then look at encode_prompts, predict and decode"
+    assert errors[0] < limit, f"{g.__name__}.py samples what its pipeline does not, by {errors[0]:.1e}: {where}"
+    assert errors[1] > 2e-3, "the samples do not depend on the levels"
+    return expected
+
+
 def watch(monkeypatch, g, run, frozen=False):
     """A log that fills while the run of the script g trains. frozen: the optimizer leaves the weights as they are."""
     rollout, policy_step = g.rollout, g.policy_step

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from safetensors.torch import load_file
 
 import harness
 import rewards
-from small import scripts
+from small import check_samples, scripts
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "tiny"
@@ -156,6 +158,59 @@ def test_a_run_is_whole_and_continues_bit_for_bit(script, tmp_path, monkeypatch,
     assert Path("whole/curve.png").stat().st_size > 1000
     saved = Path("whole/checkpoints/step_000002").glob("*/*.safetensors")
     assert {file.parent.name for file in saved} == {"training_state", module.PART}
+
+
+# ---- EACH SAMPLES WHAT ITS PIPELINE SAMPLES ----------------------------------------------------------------------
+def flow(run):
+    return FlowMatchEulerDiscreteScheduler.from_config(run.models.pipe.scheduler.config, shift=run.args.shift)
+
+
+def call_of_flux(g, run):
+    length = run.models.pipe.tokenizer_2.model_max_length
+    return dict(scheduler=flow(run), guidance_scale=run.args.guidance_scale, max_sequence_length=length)
+
+
+def call_of_sd14(g, run):
+    ddim = DDIMScheduler.from_config(run.models.pipe.scheduler.config)
+    return dict(scheduler=ddim, guidance_scale=run.args.guidance_scale)
+
+
+def call_of_hunyuan_video(g, run):
+    length = run.models.pipe.tokenizer.model_max_length
+    how = dict(scheduler=flow(run), num_frames=run.args.num_frames, max_sequence_length=length)
+    return how | dict(guidance_scale=run.args.guidance_scale)
+
+
+def call_of_skyreel_i2v(g, run):
+    images = g.first_frames(run.models, run.args, MOVING)[:, :, 0] / 2 + 0.5
+    how = call_of_hunyuan_video(g, run) | dict(image=images, negative_prompt=[""] * 3)
+    return how | dict(true_cfg_scale=run.args.true_cfg_scale)
+
+
+# script: what the call of its pipeline needs besides prompts, latents, size and steps; flags of more cases than tiny's
+CALLS = {
+    "grpo_flux": (call_of_flux, "--height 32", "--shift 1.7 --guidance_scale 1.5 --num_inference_steps 6"),
+    "grpo_sd14": (call_of_sd14, "--guidance_scale 1 --height 32", "--num_inference_steps 7"),
+    "grpo_hunyuan_video": (
+        call_of_hunyuan_video, "--num_frames 5 --height 32", "--shift 2 --guidance_scale 3",
+        "--num_frames 21 --num_inference_steps 2",  # above 16 frames the autoencoder decodes in pieces
+    ),
+    "grpo_skyreel_i2v": (call_of_skyreel_i2v, "--true_cfg_scale 1", "--num_frames 5 --height 32"),
+}  # fmt: skip
+MOVING = ["a red circle moving right on white", "a blue ring moving up on black", "a cyan square moving left on grey"]
+
+
+@pytest.mark.parametrize("script, flags", [(s, flags) for s in SCRIPTS for flags in ("", *CALLS.get(s, [""])[1:])])
+def test_without_noise_a_script_samples_what_its_pipeline_samples(script, flags, tmp_path, monkeypatch):
+    """The pipeline of SkyReels draws the first frame's latents from the posterior; the script takes their mode."""
+    if script not in CALLS:
+        pytest.fail(f"add the call of {script}.py's pipeline to CALLS in tests/test_family.py", pytrace=False)
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda posterior, *args: posterior.mode())
+    module = importlib.import_module(script)
+    reward = f"jpeg{OVER.get(script, '')}"
+    few = ["--num_inference_steps", "4", "--sde_window", "0", "--reward", reward, "--eval_reward", reward]
+    run = module.make_run(module.parse_args([*few, *flags.split(), "--output_dir", str(tmp_path)]))
+    check_samples(module, run, MOVING, **CALLS[script][0](module, run))
 
 
 @pytest.mark.parametrize("samples, rows", [(1, 1), (8, 1), (9, 2), (24, 3)])

@@ -189,25 +189,6 @@ def test_a_full_fine_tune_starts_from_weights_that_are_not_rounded_to_bf16(flags
 
 
 # ---- DIFFUSERS ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "flags", [dict(height=32), dict(guidance_scale=1), dict(guidance_scale=2.5, num_inference_steps=7)]
-)
-def test_without_noise_a_rollout_is_the_call_of_the_pipeline(flags, untrained, monkeypatch):
-    run = with_flags(untrained, **flags)
-    args, pipe = run.args, run.models.pipe
-    latents, cond, _ = state(run)
-    levels = sd.schedule(args).tolist()
-    trajectory, _, samples = sd.rollout(run, latents, cond, levels, [0.0] * args.num_inference_steps)
-    monkeypatch.setattr(pipe, "scheduler", DDIMScheduler.from_config(pipe.scheduler.config))
-    pipe.set_progress_bar_config(disable=True)
-    call = dict(prompt=PROMPTS, latents=latents, num_inference_steps=args.num_inference_steps,
-                guidance_scale=args.guidance_scale, height=args.height, width=64)  # fmt: skip
-    expected = pipe(**call, output_type="latent").images
-    torch.testing.assert_close(trajectory[:, -1], expected, rtol=0, atol=1e-4)
-    torch.testing.assert_close(samples, pipe(**call, output_type="pt").images, rtol=0, atol=1e-4)
-    assert expected.std() > 0.1 and trajectory.shape == (3, args.num_inference_steps + 1, 16, args.height // 8, 8)
-
-
 def test_with_noise_a_step_is_that_of_diffusers(untrained):
     """The noise of our own draw, given to DDIMScheduler.step."""
     run = untrained
