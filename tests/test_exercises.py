@@ -29,8 +29,8 @@ def test_a_copy_has_the_change_of_its_page_and_no_page_that_tells(number, tmp_pa
     monkeypatch.setattr(apply, "ROOT", small)
     apply.make_exercise(str(number), tmp_path / "copy")
     page = apply.exercises()[number - 1]
-    changed = [file.name for file in sorted(small.glob("*.py"))
-               if file.read_text("utf-8") != (tmp_path / "copy" / file.name).read_text("utf-8")]  # fmt: skip
+    files = [str(file.relative_to(small)) for kind in ("*.py", "variants/*.md") for file in sorted(small.glob(kind))]
+    changed = [file for file in files if (small / file).read_bytes() != (tmp_path / "copy" / file).read_bytes()]
     assert changed == re.findall(r"^```diff (\S+)$", page.read_text("utf-8"), re.M)
     told = "".join(file.read_text("utf-8") for file in (tmp_path / "copy").rglob("*.md")) + capsys.readouterr().out
     assert page.parent.name == "exercises" or page.read_text("utf-8").splitlines()[0].strip("# ") not in told
