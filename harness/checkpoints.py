@@ -62,7 +62,7 @@ def check_resume(args):
             refuse(f"--{name}", value, f"{before.get(name)}, as in the run that is continued")
     for name in sorted(before.keys() - vars(args).keys()):
         refuse(f"--{name}", before[name], "a flag of this script: go on with the script that made the run")
-    if script not in (None, fingerprint(Path(sys.argv[0]))):
+    if script not in (None, fingerprint_of_script()):
         say(f"resumed      with another {PROGRAM} than the one that made the run")
     for path, known in fingerprints(args).items():
         if path.endswith(".py") and files.get(path) != known:
@@ -90,6 +90,10 @@ def check_checkpoint(flag, checkpoint):
         refuse(flag, checkpoint, f"whole: {damaged[0]} is damaged or missing; try {older}")
 
 
+def fingerprint_of_script():
+    return fingerprint(Path(sys.argv[0])) if Path(sys.argv[0]).is_file() else None
+
+
 def fingerprints(args):
     """{path: fingerprint} of the files and folders that the flags name: models, prompts, images, code of rewards."""
     paths = [vars(args).get(name) for name in INPUTS]
@@ -114,7 +118,7 @@ def open_folder(run):
             commit = subprocess.run(command, capture_output=True, text=True).stdout if shutil.which("git") else ""
             written = {"args": vars(args), "commit": commit.strip() or None, "python": sys.version}
             written |= {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}
-            written |= {"files": fingerprints(args), "script": fingerprint(Path(sys.argv[0]))}
+            written |= {"files": fingerprints(args), "script": fingerprint_of_script()}
             (folder / "metrics.jsonl").write_text("")
             (folder / "args.part").write_text(json.dumps(written, indent=1))
             (folder / "args.part").replace(folder / "args.json")  # whole or not at all
