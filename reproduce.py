@@ -2,6 +2,8 @@
 
     python reproduce.py                              lists the experiments, with the time of each
     python reproduce.py NAME ... [--seeds 0 1 2]     runs them, two runs at a time; continues what was stopped
+    python reproduce.py --time_family                measures an iteration of each method, which sets its length; then
+    python reproduce.py family_rates --seeds 100 101 ; python reproduce.py family --seeds 0 1 2 3 4
     python reproduce.py --report                     writes docs/reproduce.md from all that was run
 
 An experiment is a table of arms. An arm is a command line of a training script, called as a user would call it. If it
@@ -53,6 +55,18 @@ SKYREEL = "grpo_skyreel_i2v.py --max_train_steps 20 --validation_steps 5 --check
 JUDGE = ["eval/correct", "eval/well_made"]
 VIDEO_JUDGE = ["eval/video_correct", "eval/well_drawn", "eval/smooth"]
 PAPER, OURS = "paper", "our question"
+# Methods beside each other in equal time: {name: (pages, flags)}, each at the best of three learning rates. The flags are
+# those of the page's command. A length is set by the time of an iteration (--time_family), before any result is seen.
+FAMILY = {
+    "default": ("", ""), "two updates": ("", "--num_updates 2"), "kl": ("kl", "--kl_beta 0.1"),
+    "k3": ("k3", "--k3_beta 100"), "ddpo": ("ddpo", "--no-init_same_noise"), "prefs": ("prefs", ""),
+    "timesteps": ("timesteps", "--timesteps first --timestep_fraction 0.6"), "flow_grpo": ("flow_grpo", ""),
+    "cps": ("cps", "--eta 0.5"), "flash": ("flash", ""), "branch": ("branch", ""),
+    "gspo": ("gspo", "--num_updates 2 --clip_range 5e-3"), "guard": ("guard", "--num_updates 2 --clip_range 2e-3"),
+    "tempflow": ("flow_grpo tempflow", ""), "nft": ("nft", "--sde_window 0 --timestep_fraction 0.25"),
+    "awm": ("awm", "--sde_window 0 --timestep_fraction 0.25"),
+}  # fmt: skip
+RATES = ("1e-4", "2e-4", "4e-4")
 
 
 @dataclass
@@ -83,6 +97,40 @@ def write_prompt_files():
         file = RUNS / f"prompts/{size}.txt"
         if not file.exists():
             file.write_text("\n".join(prompts[:size]) + "\n")
+
+
+def family(rates):
+    """{method, or method and rate: command}. rates: {method: learning rates}. Empty without the times of iterations."""
+    file = DOCS / "family_times.json"
+    seconds = json.loads(file.read_text()) if file.exists() else {}
+    arms = {}
+    for name, (pages, flags) in FAMILY.items() if seconds else ():
+        steps = round(24 * seconds["default"] / seconds[name])
+        length = f"--max_train_steps {steps} --validation_steps {math.ceil(steps / 6)} --checkpointing_steps {steps}"
+        for rate in rates.get(name, ()):
+            arm = name if len(rates[name]) == 1 else f"{name}, {rate}"
+            command = f"grpo_flux.py {length} --eval_samples 2 --reward hps {flags} --learning_rate {rate}"
+            arms[arm] = f"{pages} {command}".strip()
+    return arms
+
+
+def best_rates():
+    """{method: [the rate with the highest eval/hps in family_rates]}."""
+    file = DOCS / "family_rates.json"
+    rows = json.loads(file.read_text())["rows"] if file.exists() else {}
+    score = {name: {rate: statistics.mean(rows[f"{name}, {rate}"]["eval/hps"]) for rate in RATES}
+             for name in FAMILY if rows}  # fmt: skip
+    return {name: [max(of_rates, key=of_rates.get)] for name, of_rates in score.items()}
+
+
+def time_family():
+    """Seconds of an iteration of each method: the mean of 5 after a first one, one run at a time, on one thread."""
+    seconds = {}
+    for name, (pages, flags) in FAMILY.items():
+        command = f"{pages} grpo_flux.py --max_train_steps 6 --validation_steps 6 --eval_samples 1 --reward hps {flags}"
+        run(command, 99)
+        seconds[name] = statistics.mean(line["time_s"] for line in read(folder_of(command, 99))[2:])
+    (DOCS / "family_times.json").write_text(json.dumps(seconds, indent=1) + "\n")
 
 
 def experiments():
@@ -230,6 +278,16 @@ def experiments():
             "A step without excess noise learns faster (Flow-CPS, arXiv:2509.05952)",
             {"SDE, eta 1": HPS, "CPS, eta 0.5": f"cps {HPS} --eta 0.5", "CPS, eta 0.8": f"cps {HPS} --eta 0.8"},
             [("Flow-CPS", arm, "SDE, eta 1", "eval/hps") for arm in ("CPS, eta 0.5", "CPS, eta 0.8")],
+        ),
+        "family_rates": Experiment(
+            "The methods of variants/ at three learning rates, on seeds that are not shown later",
+            family(dict.fromkeys(FAMILY, RATES)), [],
+        ),
+        "family": Experiment(
+            "What came after, in equal time: each method at its best learning rate of three",
+            family(best_rates()),
+            [(OURS, name, "default", key) for name in list(FAMILY)[1:] for key in ("eval/hps", "eval/correct")],
+            ["eval/hps", "eval/clip", *JUDGE], "seconds",
         ),
         "best_at_inference": Experiment(
             "Is the trained model still better when the best of n pictures is kept?",
@@ -440,6 +498,22 @@ def verdict(above, below):
     return "yes" if mean > 0 else "the contrary"
 
 
+def draw_points(name, experiment, rows):
+    """For many arms: each seed's figures as points, and their mean as a line."""
+    from matplotlib.figure import Figure
+
+    keys = experiment.figures
+    figure = Figure(figsize=(3.2 * len(keys), 1 + 0.24 * len(rows)), dpi=100, layout="constrained")
+    for axis, key in zip(figure.subplots(1, len(keys), sharey=True), keys):
+        for height, row in enumerate(rows.values()):
+            axis.plot(row[key], [height] * len(row[key]), "o", color="tab:blue", alpha=0.5, markersize=4)
+            axis.plot(2 * [statistics.mean(row[key])], [height - 0.35, height + 0.35], color="tab:blue")
+        axis.set(title=key, yticks=range(len(rows)), yticklabels=list(rows))
+        axis.grid(axis="x", alpha=0.3)
+        axis.invert_yaxis()
+    figure.savefig(DOCS / f"{name}.png")
+
+
 def draw(name, experiment, folders):
     """Curves with their spread over seeds, above the last pictures of the first seed of each arm."""
     import matplotlib.pyplot as plt
@@ -501,7 +575,10 @@ def perform(name, experiment, seeds, jobs):
         key = experiment.figures[0]
         for arm, values in at_equal_time(folders, key).items():
             rows[arm][f"{key} at equal time"] = values
-        draw(name, experiment, folders)
+        if len(folders) > 10:
+            draw_points(name, experiment, rows)
+        else:
+            draw(name, experiment, folders)
         different = {folder for runs in folders.values() for folder in runs}
         seconds = sum(int((folder / "seconds.txt").read_text()) for folder in different) / jobs
         commits = {(json.loads((folder / "args.json").read_text())["commit"] or "")[:7] for folder in different}
@@ -563,17 +640,22 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=harness.whole, default=[0, 1, 2])
     parser.add_argument("--jobs", type=harness.count, default=2, help="runs at a time, of one thread each")
     parser.add_argument("--report", action="store_true")
+    parser.add_argument("--time_family", action="store_true")
     args = parser.parse_args()
     if len(set(args.seeds)) < len(args.seeds):
         parser.error(f"--seeds {' '.join(map(str, args.seeds))}: must be different numbers")
     for name in args.names:
         if name not in known:
             parser.error(f"NAME {name}: must be one of {' '.join(known)}")
+        if not known[name].arms:
+            parser.error(f"NAME {name}: must come after --time_family" + " and family_rates" * (name == "family"))
+    if args.time_family:
+        time_family()
     for name in args.names:
         perform(name, known[name], args.seeds, args.jobs)
     if args.report:
         report()
-    if not args.names and not args.report:
+    if not (args.names or args.report or args.time_family):
         for name, experiment in known.items():
             file = DOCS / f"{name}.json"
             minutes = f"{json.loads(file.read_text())['seconds'] / 60:.0f} min" if file.exists() else "not run"
