@@ -29,7 +29,8 @@ FLOWS = ["grpo_flux", "grpo_hunyuan_video", "grpo_skyreel_i2v"]
 ALL = [*FLOWS, "grpo_sd14"]
 FITS = {  # page: the scripts that it is for
     "kl": ALL, "ddpo": ALL, "timesteps": ALL, "flow_grpo": FLOWS, "cps": FLOWS, "flash": ALL, "last_transition": ALL,
-    "conditional_half": ["grpo_sd14"],
+    "conditional_half": ["grpo_sd14"], "gspo": ALL, "guard": FLOWS, "tempflow": ALL, "k3": ALL, "prefs": ALL,
+    "branch": ALL,
 }  # fmt: skip
 MODELS = ["sd3", "qwen_image"]  # longer pages, with tests of their own in test_pages_models.py
 PAIRS = [(page, script) for page, scripts in FITS.items() for script in scripts]
