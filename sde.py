@@ -176,7 +176,7 @@ def require(condition, message):
 #       k² + std² = σ'² + (1 + η²/(4 σ)) η² Δσ²/σ
 #       By (7), x' should contain noise of variance σ'². A step leaves more; the excess is of order
 #       Δσ². Samples of few steps with a large η look grainy. Decoding the last x̂0, not x', helps.
-#       test_noise_budget, test_few_step_table
+#       test_noise_budget, test_marginals_of_a_gaussian
 #  (15) Var x' - Var_path = (k² + std² - σ'²) - (1-σ' - k (1-σ)/σ)² V,  V = E Var[x0 | x]
 #       Var_path is the variance that (7) has at σ'. The first term is the excess of (14). The second
 #       is lost: (12) puts the mean x̂0 in place of x0, which spreads about it by V. The larger η, the
@@ -281,7 +281,7 @@ def flow_sde_step(velocity, latents, sigma, sigma_next, eta, next_latents=None, 
 #  (27) lost = (α' - k α/σ)² V, V = E Var[x0 | x]          variance that x' lacks, against (17)
 #       It is the mean of Var[α' x0 + k ε | x], which (26) leaves out. If the data are one point, it
 #       is zero. If not, it is of the order of Δλ²: the marginals hold to first order.
-#       test_variance_of_a_step, test_marginals_of_a_gaussian
+#       test_variance_of_a_step
 #  (28) k/α' - λ = (1 + η²) Δλ + O(Δλ²), std²/α'² = -2 η² λ Δλ + O(Δλ²)
 #       (26) divided by α' is z' = z + (k/α' - λ) ε̂ + (std/α') ξ. So DDIM with its η is, to first
 #       order, the Euler-Maruyama step of (20).

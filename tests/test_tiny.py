@@ -1,6 +1,7 @@
 """The models in tiny/ load with diffusers and transformers alone, and are as good and as bad as they have to be."""
 
 import functools
+import itertools
 import random
 import sys
 from pathlib import Path
@@ -144,60 +145,37 @@ def test_image_to_video_goes_on_from_its_image(skyreels):
     assert 0.2 < world.smooth(videos, prompts).mean() < 0.95
 
 
-@pytest.fixture(scope="module")
-def comparisons():
-    """Scores of well-made and poor drawings under the right caption and one that is wrong by a word, 120 scenes."""
+def test_a_reward_model_prefers_what_is_better_and_what_fits():
+    """Well-made and poor drawings of 120 scenes under the right caption and one that is wrong by a word."""
     rng, generator = random.Random(3), torch.Generator().manual_seed(3)
     scenes = [world.random_scene(rng) for _ in range(120)]
-    wrong = [world.change_one_word(s, rng).caption for s in scenes]
+    right, wrong = [s.caption for s in scenes], [world.change_one_word(s, rng).caption for s in scenes]
     rewards = load_rewards(["clip", "hps"], {"clip": f"{TINY}/clip", "hps": f"{TINY}/hps"})
-    out = {}
-    for kind, share in (("good", 1.0), ("poor", 0.0)):
-        images = torch.stack([world.draw(s, world.random_make(rng, share), generator) for s in scenes])
-        out[kind], out[f"{kind}, wrong"] = rewards(images, [s.caption for s in scenes]), rewards(images, wrong)
-    return out
+    good, poor = (torch.stack([world.draw(s, world.random_make(rng, share), generator) for s in scenes])
+                  for share in (1.0, 0.0))  # fmt: skip
+    good, good_wrong, poor, poor_wrong = (rewards(*pair) for pair in itertools.product((good, poor), (right, wrong)))
+    for name, better, worse, rate in (
+        ("clip", good, good_wrong, 0.9), ("clip", poor, poor_wrong, 0.85),
+        ("hps", good, good_wrong, 0.9), ("hps", poor, poor_wrong, 0.8), ("hps", good, poor, 0.9),
+    ):  # fmt: skip
+        assert (better[name] > worse[name]).float().mean() >= rate
 
 
-@pytest.mark.parametrize(
-    "name, better, worse, rate",
-    [
-        ("clip", "good", "good, wrong", 0.9),
-        ("clip", "poor", "poor, wrong", 0.85),
-        ("hps", "good", "good, wrong", 0.9),
-        ("hps", "poor", "poor, wrong", 0.8),
-        ("hps", "good", "poor", 0.9),
-    ],
-)
-def test_a_reward_model_prefers(name, better, worse, rate, comparisons):
-    assert (comparisons[better][name] > comparisons[worse][name]).float().mean() >= rate
-
-
-@pytest.fixture(scope="module")
-def moving_comparisons():
-    """Scores of 60 moving drawings, flawed or not, under the right caption and one of another colour, shape, ..."""
+def test_the_video_rewards_prefer_fewer_defects_and_read_each_kind_of_word():
+    """60 moving drawings, flawed or not, under the right caption and one that is wrong by a word of each kind."""
     rng, generator = random.Random(4), torch.Generator().manual_seed(4)
     scenes = rng.sample(world.moving_scenes(), 60)
     makes = [(world.random_moving_make(rng, s.motion, 0.35), world.random_motion(rng, s.motion)) for s in scenes]
     videos = torch.stack([world.draw_video(s, *make, generator) for s, make in zip(scenes, makes)])
     rewards = load_rewards(["vq", "mq", "ta"], {"videoalign": f"{TINY}/videoalign"})
-    captions = {"right": [s.caption for s in scenes]}
-    for kind in make_tiny.wrong_scenes(scenes[0]):
-        captions[kind] = [rng.choice(make_tiny.wrong_scenes(s)[kind]).caption for s in scenes]
-    return {kind: rewards(videos, words) for kind, words in captions.items()}, makes
-
-
-@pytest.mark.parametrize("kind", ["colour", "shape", "background", "motion"])
-def test_text_alignment_reads_each_kind_of_word(kind, moving_comparisons):
-    scores, _ = moving_comparisons
-    assert (scores["right"]["ta"] > scores[kind]["ta"]).float().mean() >= 0.75
-
-
-@pytest.mark.parametrize("name, which", [("vq", 0), ("mq", 1)])
-def test_the_video_rewards_prefer_fewer_defects(name, which, moving_comparisons):
-    scores, makes = moving_comparisons
-    defects = torch.tensor([len(make[which].defects) for make in makes])
-    better = defects[:, None] < defects
-    assert (scores["right"][name][:, None] > scores["right"][name])[better].float().mean() >= 0.8
+    scores = rewards(videos, [s.caption for s in scenes])
+    for which, name in enumerate(("vq", "mq")):
+        defects = torch.tensor([len(make[which].defects) for make in makes])
+        better = defects[:, None] < defects
+        assert (scores[name][:, None] > scores[name])[better].float().mean() >= 0.8
+    for kind in ("colour", "shape", "background", "motion"):
+        wrong = [rng.choice(make_tiny.wrong_scenes(s)[kind]).caption for s in scenes]
+        assert (scores["ta"] > rewards(videos, wrong)["ta"]).float().mean() >= 0.75, kind
 
 
 def test_only_safe_formats_and_little_of_them():

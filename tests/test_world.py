@@ -213,6 +213,13 @@ def test_an_object_that_changes_or_disappears_is_caught():
     assert world.smooth(videos, [caption] * 4)[2] < 0.8
 
 
+def test_an_off_centre_object_does_not_begin_where_it_goes():
+    rng = random.Random(0)
+    for motion, (dx, dy) in world.DIRECTIONS.items():
+        shifts = [world.random_moving_make(rng, motion, well_made_share=0).shift for _ in range(20)]
+        assert max(x * dx + y * dy for x, y in shifts) == 0 > min(x * dx + y * dy for x, y in shifts)
+
+
 def test_a_video_begins_as_the_image_of_its_caption_and_its_speckles_stand_still():
     rng = random.Random(5)
     for scene in rng.choices(world.moving_scenes(), k=4):
