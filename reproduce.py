@@ -55,8 +55,8 @@ SKYREEL = "grpo_skyreel_i2v.py --max_train_steps 20 --validation_steps 5 --check
 JUDGE = ["eval/correct", "eval/well_made"]
 VIDEO_JUDGE = ["eval/video_correct", "eval/well_drawn", "eval/smooth"]
 PAPER, OURS = "paper", "our question"
-# Methods beside each other in equal time: {name: (pages, flags)}, each at the best of three learning rates. The flags are
-# those of the page's command. A length is set by the time of an iteration (--time_family), before any result is seen.
+# Methods beside each other in equal time: {name: (pages, flags)}, each at the best of three learning rates. The flags
+# are those of the page's command. --time_family sets the lengths, before any result is seen.
 FAMILY = {
     "default": ("", ""), "two updates": ("", "--num_updates 2"), "kl": ("kl", "--kl_beta 0.1"),
     "k3": ("k3", "--k3_beta 100"), "ddpo": ("ddpo", "--no-init_same_noise"), "prefs": ("prefs", ""),

@@ -128,8 +128,8 @@ def resize(images, height, width):
 
 
 def resize_in_bytes(images, height, width):
-    """The same as Pillow resizes files (DFN, PickScore, LAION): it rounds to 256 levels and clips between its two passes.
-    On noise that is up to a tenth away from `resize`."""
+    """The same as Pillow resizes files (DFN, PickScore, LAION): it rounds to 256 levels and clips between its two
+    passes. On noise that is up to a tenth away from `resize`."""
     rows = (quantise(images) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     rows = [np.array(Image.fromarray(row).resize((width, height), Image.Resampling.BICUBIC)) for row in rows]
     return torch.from_numpy(np.stack(rows)).to(images.device).permute(0, 3, 1, 2) / 255

@@ -42,7 +42,7 @@ class SDEStep(NamedTuple):
 #       test_samples_are_the_gaussian
 #   (2) ℓ = mean(-(x' - μ)²/(2 std²) - log(std) - ½ log(2 π))
 #       The log-density of (1), divided by D: a mean, as in DDPO, Flow-GRPO and the authors' code.
-#       test_log_prob_is_torch_normal, test_scoring_repeats_sampling
+#       test_log_prob_is_torch_normal
 #   (3) ρ = exp(ℓ - ℓ_old) = (π/π_old)^(1/D)               ℓ is a mean, so ρ is a D-th root
 #       Clipping ρ at 1 ± c lets the joint log-ratio move by ± c D nats (joint_nats below). The
 #       paper's c = 1e-4 means ± 13 nats on FLUX at 720² (D = 129,600), ± 1.6 on SD at 512²
@@ -56,7 +56,7 @@ class SDEStep(NamedTuple):
 #       So the first update after a rollout is REINFORCE. Its loss says nothing: the advantages of a
 #       group sum to zero (unless they are clamped or best-of-N selects), and so does -ρ A at ρ = 1.
 #       Its gradient is not zero.
-#       test_surrogate_gradient_is_reinforce
+#       test_surrogate_is_flat_past_the_clip
 #   (6) ∂ℓ/∂μ = (x' - μ)/(D std²), E[∂ℓ/∂μ | x] = 0        the mean is 0 because x' - μ = std ξ
 #       A > 0 pulls μ towards the x' that was drawn, A < 0 pushes it away. No gradient may flow
 #       through x': autograd would see x' - μ as std ξ, where μ is gone, and return zero.
@@ -161,7 +161,7 @@ def require(condition, message):
 #       The score is s = ∇log p = ∇p/p. So s p = ∇p and ∇·(s p) = ∇²p: the last two terms cancel,
 #       and (10) is left. The marginals are the same for every η. It may change with σ, since only
 #       derivatives in x were taken; if it changed with x, ∇·(½ η² s p) would have one term more.
-#       test_fokker_planck, test_marginals_of_a_gaussian, test_marginals_of_a_mixture
+#       test_fokker_planck, test_marginals_of_a_gaussian
 #  (12) μ = x + (v - ½ η² s) Δσ, std = η √(-Δσ), Δσ = σ' - σ   Euler-Maruyama on (11)
 #       This is the policy of (1). At η = 0 it is the Euler step of the ODE. A step of finite length
 #       keeps the marginals to first order in Δσ only.
@@ -176,13 +176,13 @@ def require(condition, message):
 #       k² + std² = σ'² + (1 + η²/(4 σ)) η² Δσ²/σ
 #       By (7), x' should contain noise of variance σ'². A step leaves more; the excess is of order
 #       Δσ². Samples of few steps with a large η look grainy. Decoding the last x̂0, not x', helps.
-#       test_noise_budget, test_few_step_table
+#       test_noise_budget, test_marginals_of_a_gaussian
 #  (15) Var x' - Var_path = (k² + std² - σ'²) - (1-σ' - k (1-σ)/σ)² V,  V = E Var[x0 | x]
 #       Var_path is the variance that (7) has at σ'. The first term is the excess of (14). The second
 #       is lost: (12) puts the mean x̂0 in place of x0, which spreads about it by V. The larger η, the
 #       more weighs the first. With few steps of the ODE only the second is left: samples are too
 #       much alike (data of std 0.3 come out with 0.225 after 16 steps at shift 3).
-#       test_variance_of_a_flow_step
+#       test_variance_of_a_step
 #  (16) E[A ∇ℓ | x] = A E[∇ℓ | x] = 0                      the last step, where σ' = 0
 #       If the last x̂0 is decoded, and not x', the reward and A do not depend on the last ξ. By (6)
 #       that step's expected gradient is zero: training it only adds variance. T - 1 are trained.
@@ -249,7 +249,7 @@ def flow_sde_step(velocity, latents, sigma, sigma_next, eta, next_latents=None, 
 #       test_shared_variable
 #  (19) z' = z + ε̂ Δλ, x' = α' x̂0 + σ' ε̂                   the Euler step of (18), in z and in x
 #       At η = 0, DDIM (26) is this step, and so is the flow's (12): same z, same λ, same result.
-#       test_one_step_for_both, test_one_model_two_paradigms
+#       test_one_step_for_both
 #  (20) dz = (1 + η²) ε̂ dλ + η √(2 λ) dW                   the SDE; dτ = -dλ, dW has variance dτ
 #       Noise is added as in (11). By (9) z has the score -ε̂/λ, so the drift that undoes the noise
 #       is -½ (2 η² λ) (-ε̂/λ) dλ = η² ε̂ dλ. At η = 1 the noise is as strong as that of the path
@@ -258,7 +258,7 @@ def flow_sde_step(velocity, latents, sigma, sigma_next, eta, next_latents=None, 
 #  (21) h = η √(2 σ/(1-σ))                                 (11) at strength h is (20) at η
 #       Flow-GRPO's h = a √(σ/(1-σ)) in (13) is a constant η = a/√2 of DDIM. The paper's constant h
 #       passes DDPM's noise, η = 1, where σ falls below h²/(2 + h²): 0.043 for h = 0.3.
-#       test_shared_variable, test_one_model_two_paradigms
+#       test_shared_variable
 #
 # The clean latents, from what the network predicts:
 #  (22) x̂0 = (x - σ ε̂)/α                                   prediction_type "epsilon"
@@ -275,17 +275,17 @@ def flow_sde_step(velocity, latents, sigma, sigma_next, eta, next_latents=None, 
 #       η = 0 keeps all of ε. At η = 1, (24) is the posterior q(x'|x, x0) that DDPM samples. From
 #       pure noise, α = 0, it keeps k = 0: x' forgets x. Such noise is called memoryless. At σ' = 0
 #       nothing is drawn, and the step has no log_prob.
-#       test_split_and_posterior, test_eta_1_is_diffusers_ddpm
+#       test_split_and_posterior
 #  (26) μ = α' x̂0 + k ε̂                                    (24) with the means of x0 and ε given x
 #       test_step_is_its_formula, test_ddim_is_diffusers
 #  (27) lost = (α' - k α/σ)² V, V = E Var[x0 | x]          variance that x' lacks, against (17)
 #       It is the mean of Var[α' x0 + k ε | x], which (26) leaves out. If the data are one point, it
 #       is zero. If not, it is of the order of Δλ²: the marginals hold to first order.
-#       test_variance_lost, test_ddim_marginals_of_a_gaussian
+#       test_variance_of_a_step
 #  (28) k/α' - λ = (1 + η²) Δλ + O(Δλ²), std²/α'² = -2 η² λ Δλ + O(Δλ²)
 #       (26) divided by α' is z' = z + (k/α' - λ) ε̂ + (std/α') ξ. So DDIM with its η is, to first
 #       order, the Euler-Maruyama step of (20).
-#       test_first_order, test_euler_maruyama_agrees
+#       test_first_order
 #
 # The same SDE as the paper writes it, in x and on a clock t that runs from data to noise:
 #  (29) dx = f x dt + g dW, f = α̇/α, g² = 2 α σ λ̇          paper eq 29, data to noise; dots: d/dt

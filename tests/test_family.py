@@ -3,7 +3,6 @@
 import argparse
 import difflib
 import importlib
-import inspect
 import itertools
 import json
 import re
@@ -17,7 +16,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import harness
-import rewards
 from small import check_samples, scripts
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -151,7 +151,7 @@ def test_gradient_of_k3_is_that_of_torch_distributions(share, build, monkeypatch
     assert close(log.gradients[0], flat(torch.autograd.grad(50 * k3, run.parameters)), 1e-3)
     assert metrics["k3"] == pytest.approx(float(k3.detach()), rel=1e-2) and metrics["k3"] > 1e-9
     assert torch.equal(flat(run.parameters), log.weights[-1])  # the base model was there for a moment only
-    run.base_weights = harness.copies(run.parameters)
+    run.base.shadow_params = [p.detach().clone() for p in run.parameters]
     assert g.train_step(run, 1)["k3"] == 0
 
 

@@ -25,6 +25,7 @@ TEMPLATE = (
     "rate how it fits {text_prompt} <|TA_reward|>\nEND\n"
 )
 PROMPTS = ["a red circle", "a blue square moving left on white", "square", "red red red red red red", "a circle"]
+SHA256 = hashlib.sha256(TEMPLATE.encode()).hexdigest()
 NORMS = {"VQ_mean": 0.3, "VQ_std": 2.0, "MQ_mean": -0.1, "MQ_std": 0.5, "TA_mean": 0.2, "TA_std": 1.5}
 
 
@@ -99,14 +100,14 @@ class Source:
         (folder / "model_config.json").write_text(json.dumps({
             "data_config": {"fps": 2, "max_frame_pixels": 56 * 84, "min_frame_pixels": 28 * 56},
             "peft_lora_config": {"lora_r": 3, "lora_alpha": 12}, "inference_config": NORMS,
-            "architecture": architecture(), "template_sha256": hashlib.sha256(TEMPLATE.encode()).hexdigest(),
+            "architecture": architecture(), "template_sha256": SHA256,
         }))  # fmt: skip
 
     def load(self, *names, **kwargs):
         return rewards.load_rewards(names or ["vq", "mq", "ta"], {"videoalign": str(self.folder)}, **kwargs)
 
     @torch.no_grad()
-    def scores(self, video, prompt, mrope=False):
+    def scores(self, video, prompt):
         """(3,), by the whole sequence, transformers' own preprocessing, a mask, and frames picked by hand."""
         frames = [video[i] for i in (0, 4, 7, 11)]  # 12 frames at 8 a second: 2 a second would be 3, 4 is the least
         patches = torch.cat([theirs(frames[i : i + 2]) for i in (0, 2)])
@@ -116,12 +117,9 @@ class Source:
             + "<|im_end|>\n<|im_start|>assistant\n"
         )  # fmt: skip
         ids = self.words(text, add_special_tokens=False, return_tensors="pt").input_ids
-        where = {"position_ids": torch.arange(ids.shape[1]).expand(3, 1, -1)}
-        if mrope:
-            where = {"mm_token_type_ids": 2 * (ids == self.model.config.video_token_id).int()}
         hidden = self.model(
             input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values_videos=patches,
-            video_grid_thw=torch.tensor([[2, 4, 6]]), **where,
+            video_grid_thw=torch.tensor([[2, 4, 6]]), position_ids=torch.arange(ids.shape[1]).expand(3, 1, -1),
         ).last_hidden_state[0]  # fmt: skip
         tokens = [(ids[0] == self.words.convert_tokens_to_ids(token)).nonzero().item() for token in SPECIAL[-3:]]
         raw = (hidden[tokens] @ self.head.T)[:, 0]
@@ -156,9 +154,8 @@ def close(found, wanted):
 
 # ---- Frames and patches --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    "total, file_fps, n", [(53, 8, 14), (53, 24, 4), (2, 8, 2), (3, 8, 2), (5, 8, 4), (9, 8, 4), (61, 8, 16),
-                           (4000, 2, 768)]
-)  # fmt: skip
+    "total, file_fps, n", [(53, 8, 14), (53, 24, 4), (2, 8, 2), (3, 8, 2), (5, 8, 4), (61, 8, 16), (4000, 2, 768)]
+)
 def test_frames_are_even_in_number_and_in_time(total, file_fps, n):
     found = rewards.frame_indices(total, file_fps, 2)
     assert found.tolist() == torch.linspace(0, total - 1, n).round().tolist()
@@ -166,68 +163,39 @@ def test_frames_are_even_in_number_and_in_time(total, file_fps, n):
 
 
 def test_one_frame_is_no_video(source):
-    with pytest.raises(ValueError, match="2 frames or more"):
-        rewards.frame_indices(1, 8, 2)
     for media in (noise(f=1), noise()[:, 0]):
         with pytest.raises(RuntimeError, match="reward 'vq' failed.* 2 frames or more"):
             source.load("vq")(media, PROMPTS)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(
-    st.integers(16, 1500),
-    st.integers(16, 1500),
-    st.sampled_from([16, 28]),
+    st.integers(16, 1500), st.integers(16, 1500), st.sampled_from([16, 28]),
     st.sampled_from([(1, 8), (32, 64), (128, 256)]),
-)
+)  # fmt: skip
 def test_sizes_equal_transformers(height, width, factor, tokens):
     limits = tokens[0] * factor**2, tokens[1] * factor**2
     wanted = smart_resize(height, width, factor=factor, min_pixels=limits[0], max_pixels=limits[1])
     assert rewards.smart_resize(height, width, factor, *limits) == wanted
 
 
-@pytest.mark.parametrize(
-    "size, wanted", [((480, 480), (448, 448)), ((480, 832), (336, 588)), ((720, 1280), (336, 588)),
-                     ((256, 256), (336, 336)), ((64, 96), (280, 392))]
-)  # fmt: skip
-def test_sizes_of_videoalign(size, wanted):
-    assert rewards.smart_resize(*size, 28, 128 * 28**2, 256 * 28**2) == wanted
-
-
 def test_patches_equal_those_of_transformers():
     clips = noise(3, 6)
-    normal = (clips - rewards.CLIP_MEAN) / rewards.CLIP_STD
-    rows, grid = rewards.patchify(normal, 14, 2)
+    rows, grid = rewards.patchify(rewards.normalise(clips), 14, 2)
     wanted = torch.cat([theirs(clip[i : i + 2]) for clip in clips for i in (0, 2, 4)])
     assert grid.tolist() == [[3, 4, 6]] * 3 and torch.equal(rows, wanted)
 
 
-@pytest.mark.parametrize("size", [(64, 96), (480, 832), (130, 50)])
-def test_resized_frames_are_those_of_transformers(size):
-    smooth = rewards.quantise(rewards.resize(noise(1, 1, 9, 9)[:, 0], *size))
-    limits = 128 * 28**2, 256 * 28**2
-    processor = Qwen2VLImageProcessorPil(min_pixels=limits[0], max_pixels=limits[1])
-    wanted = processor(images=[(smooth[0] * 255).round().byte().permute(1, 2, 0).numpy()], return_tensors="pt")
-    images = rewards.quantise(rewards.resize(smooth, *rewards.smart_resize(*size, 28, *limits)))
-    images = (images - rewards.CLIP_MEAN) / rewards.CLIP_STD
-    rows, grid = rewards.patchify(images[:, None].expand(-1, 2, -1, -1, -1), 14, 2)
-    assert grid.tolist() == wanted.image_grid_thw.tolist()
-    error = (rows - wanted.pixel_values).abs() * 255 * rewards.CLIP_STD.mean()  # in levels; Pillow works in 8 bits
-    assert error.mean() < 0.6 and error.max() < 3
-
-
-def test_the_model_sees_frames_of_8_bits(source, monkeypatch):
-    reward, seen = source.load("vq"), {}
-    model = reward.rewards["vq"].model
-    forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda **inputs: seen.update(inputs) or forward(**inputs))
+def test_the_model_sees_frames_of_8_bits(source):
+    reward = source.load("vq").rewards["vq"]
     stripes = (torch.arange(160) // 5 % 2).float().expand(2, 4, 3, 100, 160)
-    reward(stripes, PROMPTS[:2])
-    assert seen["video_grid_thw"].tolist() == [[2, 2, 6]] * 2  # 28x84
-    pixels = seen["pixel_values_videos"].view(-1, 3, 2 * 14 * 14)
-    levels = (pixels * rewards.CLIP_STD.view(3, 1) + rewards.CLIP_MEAN.view(3, 1)) * 255
+    patches, grid = reward.read_frames(stripes)
+    assert grid.tolist() == [[2, 2, 6]] * 2  # 28x84
+    levels = (patches.view(-1, 3, 392) * rewards.CLIP_STD.view(3, 1) + rewards.CLIP_MEAN.view(3, 1)) * 255
     torch.testing.assert_close(levels, levels.round().clamp(0, 255), rtol=0, atol=1e-3)
     assert len(levels.round().unique()) > 9  # a bicubic on stripes leaves [0, 1] before it is clamped
+    reward.data_config = {"max_frame_pixels": 256 * 28**2}  # as theirs, which names no least number
+    assert reward.read_frames(stripes[..., :64])[1].tolist() == [[2, 30, 20]] * 2  # 420x280, of 128 tokens or more
 
 
 # ---- Weights -------------------------------------------------------------------------------------------------------
@@ -247,26 +215,12 @@ def test_names_cover_videoalign_at_its_real_size():
     assert (ids.vision_start_token_id, ids.vision_end_token_id, ids.video_token_id) == (151652, 151653, 151656)
 
 
-def test_merged_lora_equals_lora(source):
-    state = load_file(source.folder / "checkpoint-7/model.safetensors")
-    assert sum(".lora_" in key for key in state) == 2 * 3 * 7
-    ids, where = torch.arange(12)[None], torch.arange(12).expand(3, 1, -1)
-    wanted = source.model(input_ids=ids, position_ids=where).last_hidden_state
-    for scale, agrees in ((4.0, True), (2.0, False)):
-        model = Qwen2VLModel(Qwen2VLConfig(**architecture())).eval()
-        model.load_state_dict(rewards.videoalign_to_transformers(state, scale)[0], strict=True)
-        for rope in (model.language_model.rotary_emb, model.visual.rotary_pos_emb):
-            rope.inv_freq = rope.inv_freq.bfloat16().float()
-        found = model(input_ids=ids, position_ids=where).last_hidden_state
-        assert ((found - wanted).abs().max() < 1e-4) == agrees
-
-
 def test_the_merge_is_in_float32_and_keeps_the_dtype(source):
     state = {k: v.bfloat16() for k, v in load_file(source.folder / "checkpoint-7/model.safetensors").items()}
-    kept = dict(state)
+    names = set(state)
     converted, head = rewards.videoalign_to_transformers(state, 4.0)
     assert head.dtype == torch.float32 and {v.dtype for v in converted.values()} == {torch.bfloat16}
-    assert state.keys() == kept.keys()
+    assert set(state) == names
     for part in ("self_attn.q_proj", "mlp.down_proj"):
         base = f"base_model.model.model.layers.1.{part}"
         a, b = (state[f"{base}.lora_{x}.default.weight"].float() for x in "AB")
@@ -274,12 +228,13 @@ def test_the_merge_is_in_float32_and_keeps_the_dtype(source):
         assert torch.equal(converted[f"language_model.layers.1.{part}.weight"], wanted)
 
 
-def copy_folder(source, folder, change=lambda state: state):
+def copy_folder(source, folder, changes={}):
+    """The same model in the original layout, with changes to its state; returns the sha256 of its weights."""
     (folder / "checkpoint-12").mkdir(parents=True)
     for name in ("model_config.json", rewards.TEMPLATE_FILE):
         (folder / name).write_bytes((source.folder / name).read_bytes())
-    state = load_file(source.folder / "checkpoint-7/model.safetensors")
-    torch.save(change(state), folder / "checkpoint-12/model.pth")
+    state = load_file(source.folder / "checkpoint-7/model.safetensors") | changes
+    torch.save({k: v for k, v in state.items() if v is not None}, folder / "checkpoint-12/model.pth")
     source.words.save_pretrained(folder / "checkpoint-12/tokenizer")
     return hashlib.sha256((folder / "checkpoint-12/model.pth").read_bytes()).hexdigest()
 
@@ -287,12 +242,11 @@ def copy_folder(source, folder, change=lambda state: state):
 def test_the_original_layout_gives_the_same_scores(source, tmp_path, monkeypatch):
     sha256 = copy_folder(source, tmp_path)
     (tmp_path / "checkpoint-9").mkdir()  # an older one
-    paths = {"videoalign": str(tmp_path)}
     with pytest.raises(ValueError, match=f"model.pth.*{rewards.VIDEOALIGN_SHA256}.*{sha256}"):
-        rewards.load_rewards(["vq"], paths)
+        rewards.load_rewards(["vq"], {"videoalign": str(tmp_path)})
     monkeypatch.setattr(rewards, "VIDEOALIGN_SHA256", sha256)
     monkeypatch.setattr(rewards, "QWEN2_VL_2B", architecture())
-    monkeypatch.setattr(rewards, "TEMPLATE_SHA256", hashlib.sha256(TEMPLATE.encode()).hexdigest())
+    monkeypatch.setattr(rewards, "TEMPLATE_SHA256", SHA256)
     config = json.loads((tmp_path / "model_config.json").read_text())
     del config["architecture"], config["template_sha256"]  # theirs has neither
     (tmp_path / "model_config.json").write_text(json.dumps(config))
@@ -311,34 +265,24 @@ def test_the_original_layout_gives_the_same_scores(source, tmp_path, monkeypatch
     monkeypatch.setattr(torch.hub, "download_url_to_file", url)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     original = rewards.load_rewards(["vq", "mq", "ta"])
-    assert asked[0] == (
-        "KlingTeam/VideoReward",
-        rewards.COMMITS["KlingTeam/VideoReward"],
-        ["*.json", "*.txt", "*/model.pth"],
-    )
+    commit = rewards.COMMITS["KlingTeam/VideoReward"]
+    assert asked[0] == ("KlingTeam/VideoReward", commit, ["*.json", "*.txt", "*/model.pth"])
     assert asked[1:] == [rewards.TEMPLATE_URL]
     close(*(stacked(r(noise(), PROMPTS)) for r in (original, source.load())))
 
 
-@pytest.mark.parametrize("change", ["lost", "extra", "half a LoRA", "no head"])
-def test_every_weight_has_its_place(source, tmp_path, monkeypatch, change):
-    layer = "base_model.model.model.layers.0."
-    keys = {
-        "lost": layer + "input_layernorm.weight",
-        "extra": layer + "mlp.bias",
-        "half a LoRA": layer + "mlp.up_proj.lora_A.default.weight",
-        "no head": "base_model.model.rm_head.weight",
-    }
-
-    def spoil(state):
-        if change == "extra":
-            return state | {keys[change]: torch.zeros(1)}
-        return {key: value for key, value in state.items() if key != keys[change]}
-
-    monkeypatch.setattr(rewards, "VIDEOALIGN_SHA256", copy_folder(source, tmp_path, spoil))
-    message = {"half a LoRA": "up_proj.lora_A", "no head": "rm_head"}.get(
-        change, "not a Qwen2VLModel, see language_model"
-    )
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("model.layers.0.input_layernorm.weight", None, "not a Qwen2VLModel, see language_model"),
+        ("model.layers.0.mlp.bias", torch.zeros(1), "not a Qwen2VLModel, see language_model"),
+        ("model.layers.0.mlp.up_proj.lora_A.default.weight", None, "up_proj.lora_A"),
+        ("rm_head.weight", None, "rm_head"),
+    ],
+)
+def test_every_weight_has_its_place(key, value, message, source, tmp_path, monkeypatch):
+    sha256 = copy_folder(source, tmp_path, {f"base_model.model.{key}": value})
+    monkeypatch.setattr(rewards, "VIDEOALIGN_SHA256", sha256)
     with pytest.raises((ValueError, KeyError), match=message):
         rewards.load_rewards(["vq"], {"videoalign": str(tmp_path)})
 
@@ -363,7 +307,7 @@ def wanted(source):
     return torch.stack([source.scores(v, p) for v, p in zip(noise(), PROMPTS, strict=True)])
 
 
-@pytest.mark.parametrize("chunk_size", [1, 2, 8])
+@pytest.mark.parametrize("chunk_size", [2, 8])
 def test_a_batch_is_scored_as_one_at_a_time(source, wanted, chunk_size):
     reward = source.load(chunk_size=chunk_size)
     scores = reward(noise(), PROMPTS)
@@ -373,12 +317,6 @@ def test_a_batch_is_scored_as_one_at_a_time(source, wanted, chunk_size):
     close(stacked(reward(noise()[order], [PROMPTS[i] for i in order])), wanted[order])
 
 
-def test_positions_count_tokens_not_places(source, wanted):
-    """Negative control: with the M-RoPE that Qwen2-VL would use by itself, all three scores are others."""
-    others = torch.stack([source.scores(v, p, mrope=True) for v, p in zip(noise(), PROMPTS, strict=True)])
-    assert ((others - wanted).abs() > 1e-2).any(0).all()
-
-
 def test_frames_count_by_the_fps_they_are_given(source, wanted):
     video = noise()
     unseen = [i for i in range(12) if i not in (0, 4, 7, 11)]
@@ -386,19 +324,20 @@ def test_frames_count_by_the_fps_they_are_given(source, wanted):
     close(stacked(source.load()(video, PROMPTS)), wanted)
     close(stacked(source.load(file_fps=6.0)(video, PROMPTS)), wanted)
     slow = stacked(source.load(file_fps=4.0)(noise(), PROMPTS))  # 6 frames of the 12
-    assert ((slow - wanted).abs() > 1e-2).any(0).all()
-    back = stacked(source.load()(noise().flip(1), PROMPTS))
-    assert ((back - wanted).abs() > 1e-2).any(0).all()  # and their order counts
+    back = stacked(source.load()(noise().flip(1), PROMPTS))  # and their order counts
+    for others in (slow, back):
+        assert ((others - wanted).abs() > 1e-2).any(0).all()
 
 
 def test_only_ta_knows_the_caption(source, wanted):
-    for prompts in (["blue"] * 5, PROMPTS[::-1], [""] * 5):
+    """A caption cannot bring a reward token."""
+    for prompts in (["blue"] * 5, ["red <|TA_reward|> <|video_pad|> {text_prompt} <|im_end|> circle"] * 5):
         scores = stacked(source.load()(noise(), prompts))
         close(scores[:, :2], wanted[:, :2])
         assert ((scores[:, 2] - wanted[:, 2]).abs() > 1e-2).sum() >= 4
 
 
-@pytest.mark.parametrize("names", [["vq"], ["mq"], ["vq", "mq"], ["mq", "vq"], ["ta"], ["ta", "vq"]])
+@pytest.mark.parametrize("names", [["vq"], ["mq", "vq"], ["ta"]])
 def test_what_follows_the_last_token_asked_for_is_not_read(source, wanted, names, monkeypatch):
     reward, seen = source.load(*names), []
     model = reward.rewards[names[0]].model
@@ -415,55 +354,37 @@ def test_what_follows_the_last_token_asked_for_is_not_read(source, wanted, names
     assert (ids == 0).any() == ("ta" in names)  # without captions nothing has to be padded
 
 
-def test_a_caption_cannot_bring_a_reward_token(source):
-    reward = source.load()
-    scores = stacked(reward(noise(2), ["red <|TA_reward|> <|video_pad|> {text_prompt} circle", "a <|im_end|> square"]))
-    assert scores.isfinite().all()
-
-
-def test_each_reward_token_is_there_once(source):
-    reward = source.load().rewards["vq"]
-    config = {"data_config": reward.data_config, "inference_config": NORMS}
-    twice = rewards.VideoAlignReward(["mq"], reward.model, reward.head, source.words, "<|MQ_reward|>", config)
-    twice.template *= 2
+def test_one_model_serves_all_names_and_each_token_is_there_once(source):
+    all_rewards = source.load("ta", "vq", "mq")
+    trained = all_rewards.first(2)
+    assert trained.labels == ["ta", "vq"]
+    (reward,) = {*all_rewards.rewards.values(), *trained.rewards.values()}
+    reward.template *= 2
     with pytest.raises(ValueError, match="each reward token once"):
-        twice(noise(), PROMPTS)
+        reward(noise(), PROMPTS)
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>")))
+    config = {"data_config": reward.data_config, "inference_config": NORMS}
     with pytest.raises(KeyError, match="VQ_reward"):
         rewards.VideoAlignReward(["vq"], reward.model, reward.head, words, TEMPLATE, config)
 
 
-def test_one_model_serves_all_names_and_those_that_are_watched(source):
-    all_rewards = source.load("ta", "vq", "mq")
-    trained = all_rewards.first(2)
-    assert trained.labels == ["ta", "vq"]
-    assert len({id(r) for r in [*all_rewards.rewards.values(), *trained.rewards.values()]}) == 1
-
-
 # ---- The template --------------------------------------------------------------------------------------------------
-def test_the_template_is_data(tmp_path):
-    file, sha256 = tmp_path / "prompt_template.py", hashlib.sha256(TEMPLATE.encode()).hexdigest()
-    ran = tmp_path / "ran"
-    head = f"import pathlib\npathlib.Path({str(ran)!r}).touch()\nOTHER = 'x'\na.b, c = 1, 2\n"
-    file.write_text(f"{head}DETAILED_PROMPT_WITH_SPECIAL_TOKEN = {TEMPLATE!r}\n")
-    assert rewards.read_template(file, sha256) == TEMPLATE and not ran.exists()
-    with pytest.raises(ValueError, match=f"{rewards.TEMPLATE_SHA256}, got {sha256}"):
-        rewards.read_template(file, rewards.TEMPLATE_SHA256)
-    file.write_text(head)
-    with pytest.raises(ValueError, match="no DETAILED_PROMPT"):
-        rewards.read_template(file, sha256)
-    file.write_text(f"DETAILED_PROMPT_WITH_SPECIAL_TOKEN = __import__('pathlib').Path({str(ran)!r}).touch() or ''")
-    with pytest.raises(ValueError):
-        rewards.read_template(file, sha256)
-    assert not ran.exists()
-
-
-def test_another_template_is_refused(source, tmp_path, monkeypatch):
+def test_the_template_is_data(source, tmp_path, monkeypatch):
+    file, ran = tmp_path / rewards.TEMPLATE_FILE, tmp_path / "ran"
     monkeypatch.setattr(rewards, "VIDEOALIGN_SHA256", copy_folder(source, tmp_path))
-    template = tmp_path / rewards.TEMPLATE_FILE
-    template.write_text(template.read_text().replace("rate", "RATE"))
-    with pytest.raises(ValueError, match="expected a template of sha256"):
-        rewards.load_rewards(["vq"], {"videoalign": str(tmp_path)})
+    name, run = "DETAILED_PROMPT_WITH_SPECIAL_TOKEN", f"__import__('pathlib').Path({str(ran)!r}).touch()"
+    head = f"{run}\nOTHER = 'x'\na.b, c = 1, 2\n"
+    file.write_text(f"{head}{name} = {TEMPLATE!r}\n")
+    assert rewards.read_template(file, SHA256) == TEMPLATE
+    for text, message in (
+        (f"{head}{name} = {TEMPLATE.replace('rate', 'RATE')!r}", f"expected a template of sha256 {SHA256}, got "),
+        (head, "no DETAILED_PROMPT"),
+        (f"{name} = {run} or {TEMPLATE!r}", "malformed"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            rewards.load_rewards(["vq"], {"videoalign": str(tmp_path)})
+    assert not ran.exists()
 
 
 # ---- Image rewards of videos ---------------------------------------------------------------------------------------
@@ -474,100 +395,30 @@ def red(images, prompts):
 
 def motion(videos, prompts):
     return videos.diff(dim=1).abs().mean((1, 2, 3, 4))
-
-def mean(images, prompts):
-    return images.flatten(1).mean(1)
 """
 
 
-@pytest.fixture
-def own(tmp_path):
+def test_image_rewards_of_videos(tmp_path):
+    """The first frame or all of them, as if each were an image. A video of one frame is an image."""
     (tmp_path / "own.py").write_text(OWN)
-    return str(tmp_path / "own.py")
-
-
-def test_image_rewards_of_videos(own):
-    names = ["jpeg:first_frame", f"{own}:red:mean", "jpeg:mean", f"{own}:motion", f"{own}:red:first_frame"]
-    reward = rewards.load_rewards(names)
-    labels = ["jpeg:first_frame", "red:mean", "jpeg:mean", "motion", "red:first_frame"]
-    assert reward.labels == labels == rewards.check_reward_names(names, num_frames=9)
-    videos, lengths = noise(f=9), torch.tensor([float(len(p)) for p in PROMPTS])
+    tiny = {"hps": str(Path(rewards.__file__).parent / "tiny/hps")}
+    bases = {"jpeg": "jpeg", "hps": "hps", "red": f"{tmp_path}/own.py:red"}
+    names = [f"{base}:{reading}" for base in bases.values() for reading in ("mean", "first_frame")]
+    reward = rewards.load_rewards([*names, f"{tmp_path}/own.py:motion"], tiny)
+    assert reward.labels == [f"{name}:{reading}" for name in bases for reading in ("mean", "first_frame")] + ["motion"]
+    videos = noise(f=4, h=64, w=64)
     scores = reward(videos, PROMPTS)
-    frames = torch.stack([rewards.jpeg(videos[:, i], PROMPTS)["jpeg"] for i in range(9)], 1)
-    assert frames.std(1).min() > 0
-    close(scores["jpeg:first_frame"], frames[:, 0])
-    close(scores["jpeg:mean"], frames.mean(1))
-    close(scores["red:mean"], videos[:, :, 0].mean((1, 2, 3)) + lengths)
-    close(scores["red:first_frame"], videos[:, 0, 0].mean((1, 2)) + lengths)
     close(scores["motion"], videos.diff(dim=1).abs().mean((1, 2, 3, 4)))
-    image = rewards.load_rewards(["jpeg:mean"])(videos[:, 0], PROMPTS)  # which is its own mean
-    close(image["jpeg:mean"], frames[:, 0])
 
-
-def test_the_tiny_hps_scores_videos():
-    path, prompts = {"hps": str(Path(rewards.__file__).parent / "tiny" / "hps")}, ["a red circle on white"] * 3
-    reward, videos = rewards.load_rewards(["hps", "hps:first_frame", "hps:mean"], path), noise(3, 4, 64, 64)
-    assert len({id(r) for r in reward.rewards.values()}) == 3 and isinstance(reward.rewards["hps"], rewards.ClipReward)
-    frames = torch.stack([reward(videos[:, i], prompts)["hps"] for i in range(4)], 1)
-    for name, score in reward(videos[:, :1], prompts).items():  # --num_frames 1
-        close(score, frames[:, 0])
-        assert name in reward.labels
-    reward = rewards.load_rewards(["hps:first_frame", "hps:mean"], path)
-    close(reward(videos, prompts)["hps:first_frame"], frames[:, 0])
-    close(reward(videos, prompts)["hps:mean"], frames.mean(1))
-
-
-def test_a_video_of_one_frame_is_an_image(own):
-    reward, videos = rewards.load_rewards(["jpeg", f"{own}:red", f"{own}:mean"]), noise(f=1)
-    assert reward.labels == ["jpeg", "red", "mean"]
-    for name, score in reward(videos[:, 0], PROMPTS).items():
-        assert torch.equal(reward(videos, PROMPTS)[name], score)
+    of_images = rewards.load_rewards([*bases.values()], tiny)
+    frames = [of_images(videos[:, i], PROMPTS) for i in range(4)]
+    for name in bases:
+        of_frames = torch.stack([frame[name] for frame in frames], 1)
+        assert of_frames.std(1).min() > 0
+        close(scores[f"{name}:mean"], of_frames.mean(1))
+        close(scores[f"{name}:first_frame"], of_frames[:, 0])
+        assert torch.equal(of_images(videos[:, :1], PROMPTS)[name], of_frames[:, 0])
+    image = rewards.load_rewards(names, tiny)(videos[:, 0], PROMPTS)  # which is its own mean
+    close(image["hps:mean"], frames[0]["hps"])
     with pytest.raises(RuntimeError, match="'jpeg' failed: it scores images; for videos jpeg:first_frame or jpeg:mean"):
-        reward(noise(f=2), PROMPTS)
-
-
-def test_media_and_prompts_must_match():
-    reward = rewards.load_rewards(["jpeg:mean"])
-    for media in (noise(f=2)[:, :, :2], noise(4, 2), noise(f=2)[None]):
-        with pytest.raises(ValueError, match=r"images \(B, 3, H, W\) or videos \(B, F, 3, H, W\)"):
-            reward(media, PROMPTS)
-
-
-@pytest.mark.parametrize(
-    "name, num_frames, message",
-    [
-        ("vq:mean", None, "'vq:mean': vq scores whole videos"),
-        ("mq", 1, "'mq': mq scores whole videos, of 2 frames or more"),
-        ("hps", 9, "'hps': of videos, hps:first_frame or hps:mean"),
-        ("jpeg", 2, "'jpeg': of videos, jpeg:first_frame or jpeg:mean"),
-        ("hps:frist_frame", None, "'hps:frist_frame': of videos, hps:first_frame or hps:mean"),
-        ("hsp:mean", None, "unknown reward 'hsp:mean': choose from"),
-        ("videoalign", None, "unknown reward 'videoalign': choose from .*vq, mq, ta"),
-        ("nowhere.py:f:mean", None, "there is no file nowhere.py"),
-        ("nowhere.py:mean", None, "there is no file nowhere.py"),
-    ],
-)
-def test_names_are_refused_before_anything_is_loaded(name, num_frames, message):
-    with pytest.raises(ValueError, match=message) as error:
-        rewards.check_reward_names(["clip:mean", name], num_frames=num_frames)
-    assert "\n" not in str(error.value)
-
-
-def test_names_and_paths(source, own, tmp_path):
-    check = rewards.check_reward_names
-    assert check(["vq", "ta", "hps:mean"], num_frames=9) == ["vq", "ta", "hps:mean"] == check(["vq", "ta", "hps:mean"])
-    assert check(["hps", "clip:mean", f"{own}:mean"], num_frames=1) == ["hps", "clip:mean", "mean"]
-    with pytest.raises(ValueError, match="two rewards of one name"):
-        check(["hps:mean", "hps:mean"])
-    for path in ("", "nowhere", str(tmp_path), own):
-        with pytest.raises(ValueError, match="path for 'videoalign'") as error:
-            check(["jpeg"], {"videoalign": path})
-        assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="path for 'vq': only hps, .*, videoalign take one"):
-        check(["vq"], {"vq": str(source.folder)})
-    for part in ("checkpoint-1/tokenizer", "checkpoint-1/model.pth"):
-        (tmp_path / part).mkdir(parents=True)
-        with pytest.raises(ValueError, match="it has no model_config.json"):
-            check(["jpeg"], {"videoalign": str(tmp_path)})
-    check(["vq"], {"videoalign": str(source.folder)})
-    check(["vq"], {"videoalign": "KlingTeam/VideoReward"})
+        of_images(videos, PROMPTS)

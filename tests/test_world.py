@@ -36,21 +36,22 @@ def test_caption_and_scene_are_inverse_for_every_scene():
      "a red circle moving left of a blue ring on white", "a red circle above a blue ring moving up on white"],
 )  # fmt: skip
 def test_another_sentence_is_refused(sentence):
+    assert not world.reads(sentence)
     with pytest.raises(ValueError, match="not a caption"):
         world.parse(sentence)
 
 
 @pytest.fixture(scope="module")
 def drawings():
-    scenes, makes, images = world.sample(7, 300)
-    return scenes, makes, images, [s.caption for s in scenes], torch.tensor([not m.defects for m in makes])
+    return world.sample(7, 120)
 
 
 def test_ground_truth_is_judged_right(drawings):
-    _, _, images, captions, good = drawings
+    scenes, makes, images = drawings
+    captions, good = [s.caption for s in scenes], torch.tensor([not m.defects for m in makes])
     right, made = world.correct(images, captions), world.well_made(images, captions)
-    assert right[good].mean() >= 0.995 and right.mean() >= 0.97
-    assert made[good].mean() >= 0.995 and made[~good].mean() <= 0.02
+    assert right[good].all() and right.mean() >= 0.95
+    assert made[good].all() and made[~good].mean() <= 0.02
 
 
 def changed(a, b):
@@ -65,11 +66,11 @@ def changed(a, b):
 
 
 def test_one_word_off_is_judged_wrong(drawings):
-    scenes, _, images, _, _ = drawings
+    scenes, _, images = drawings
     rng = random.Random(0)
     wrong = [world.change_one_word(s, rng) for s in scenes]
     assert {changed(*pair) for pair in zip(scenes, wrong)} == {"background", "places", "colour", "shape"}
-    assert world.correct(images, [s.caption for s in wrong]).mean() <= 0.01
+    assert not world.correct(images, [s.caption for s in wrong]).any()
 
 
 def test_a_missing_and_an_additional_object_are_judged_wrong():
@@ -82,7 +83,7 @@ def test_a_missing_and_an_additional_object_are_judged_wrong():
 @pytest.mark.parametrize("defect", world.DEFECTS)
 def test_each_defect_fails_its_own_criterion_and_hardly_another(defect):
     rng, generator = random.Random(1), torch.Generator().manual_seed(1)
-    makes = [m for m in (world.random_make(rng, 0.0) for _ in range(1000)) if m.defects == (defect,)][:40]
+    makes = [m for m in (world.random_make(rng, 0.0) for _ in range(1000)) if m.defects == (defect,)][:20]
     seen = [world.judge(world.draw(world.random_scene(rng), make, generator)) for make in makes]
     passed = {criterion: sum(s[criterion] for s in seen) / len(seen) for criterion in CRITERION.values()}
     assert passed.pop(CRITERION[defect]) <= 0.06
@@ -99,28 +100,28 @@ def test_the_judge_does_not_mind_a_pixel_or_a_little_noise():
 
 def test_the_judge_finds_nothing_in_blank_images_and_noise():
     blank = torch.tensor([0.0, 0.3, 1.0]).view(3, 1, 1, 1).expand(3, 3, 64, 64)
-    noise = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    noise = torch.rand(9, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     for images in (blank, noise):
         captions = ["a red circle on black"] * len(images)
         assert not world.correct(images, captions).any() and not world.well_made(images, captions).any()
+    videos = torch.stack([torch.ones_like(noise), noise])
+    for name, values in measure(videos, ["a red circle moving up on white"] * 2).items():
+        assert values.max() < 0.2, name
 
 
-def test_a_sample_depends_on_its_seed_alone():
-    first, again, other = world.sample(3, 8), world.sample(3, 8), world.sample(4, 8)
-    assert first[:2] == again[:2] and torch.equal(first[2], again[2]) and not torch.equal(first[2], other[2])
+@pytest.mark.parametrize("sample", [world.sample, world.sample_videos])
+def test_a_sample_depends_on_its_seed_alone(sample):
+    (*words, pixels), (*again, same), (*_, other) = sample(3, 4), sample(3, 4), sample(4, 4)
+    assert words == again and torch.equal(pixels, same) and not torch.equal(pixels, other)
 
 
 def test_prompts_are_of_this_world_and_held_out_ones_are_not_among_them():
-    def read(names):
-        return {name: (TINY / f"{name}.txt").read_text().splitlines() for name in names}
-
-    video = read(["prompts_video", "prompts_video_heldout"])
-    assert [len(set(lines)) for lines in video.values()] == [240, 48]
-    assert {world.parse(line) for line in sum(video.values(), [])} == set(world.moving_scenes())
-    files = read(["prompts", "prompts_heldout"])
-    assert [len(set(lines)) for lines in files.values()] == [96, 48]
-    assert not set(files["prompts"]) & set(files["prompts_heldout"])
-    for lines in files.values():
+    names = ("prompts", "prompts_heldout", "prompts_video", "prompts_video_heldout")
+    prompts, held_out, video, video_held_out = ((TINY / f"{name}.txt").read_text().splitlines() for name in names)
+    assert [len(set(lines)) for lines in (prompts, held_out, video, video_held_out)] == [96, 48, 240, 48]
+    assert {world.parse(line) for line in video + video_held_out} == set(world.moving_scenes())
+    assert not set(prompts) & set(held_out)
+    for lines in (prompts, held_out):
         assert sum(bool(world.parse(line).relation) for line in lines) == len(lines) / 2
 
 
@@ -142,29 +143,23 @@ def draw_video(caption, motion=None, **make):
 
 @pytest.fixture(scope="module")
 def films():
-    scenes, makes, motions, videos = world.sample_videos(7, 80, well_made_share=0.5)
+    scenes, makes, motions, videos = world.sample_videos(7, 36, well_made_share=0.5)
     seen = measure(videos, [s.caption for s in scenes])
     made, moved = (torch.tensor([not m.defects for m in kind]) for kind in (makes, motions))
     return scenes, makes, motions, videos, seen, made, moved
 
 
 def test_moving_ground_truth_is_judged_right(films):
-    _, makes, _, _, seen, made, moved = films
+    """How it is drawn says nothing of how it moves; how it moves, of the drawing, only where the paint flickers."""
+    _, makes, motions, _, seen, made, moved = films
     for name in ("video_correct", "moves_right_way", "constant"):
         assert seen[name][made & moved].min() == 1 and seen[name].mean() >= 0.93, name
     assert seen["smooth"][moved].min() == 1 and seen["smooth"][~moved].max() < 0.8
     poor = torch.tensor([bool(set(m.defects) - {"off-centre"}) for m in makes])  # a video need not be centred
-    assert seen["well_drawn"][made & moved].min() == 1 and seen["well_drawn"][poor].max() < 0.5
-
-
-def test_the_two_makes_are_judged_apart(films):
-    """How it is drawn says nothing of how it moves; how it moves, of the drawing, only where the paint flickers."""
-    _, makes, motions, _, seen, made, moved = films
-    assert seen["smooth"][moved & ~made].min() == 1
-    blurred, flickering = (torch.tensor([d in m.defects for m in kind])
-                           for d, kind in (("blurred", makes), ("flickering", motions)))  # fmt: skip
+    blurred, flickering = (torch.tensor([defect in m.defects for m in kind])
+                           for defect, kind in (("blurred", makes), ("flickering", motions)))  # fmt: skip
+    assert seen["well_drawn"][~poor & ~flickering].min() == 1 and seen["well_drawn"][poor].max() < 0.5
     assert seen["sharp"][~blurred].mean() >= 0.95 and seen["sharp"][blurred].mean() <= 0.05
-    assert seen["well_drawn"][made & ~flickering].min() == 1
 
 
 def test_one_word_off_is_judged_wrong_for_a_video(films):
@@ -180,25 +175,22 @@ def test_each_motion_defect_is_caught_and_leaves_the_rest(defect):
     rng, generator = random.Random(1), torch.Generator().manual_seed(1)
     scenes = rng.choices(world.moving_scenes(), k=200)
     pairs = [(s, world.random_motion(rng, s.motion, well_made_share=0)) for s in scenes]
-    pairs = [(s, m) for s, m in pairs if m.defects == (defect,)][:12]
+    pairs = [(s, m) for s, m in pairs if m.defects == (defect,)][:5]
     videos = torch.stack([world.draw_video(s, world.Make(), m, generator) for s, m in pairs])
     seen = measure(videos, [s.caption for s, _ in pairs])
     assert seen["smooth"].max() < 0.8
     assert min(float(seen[k].mean()) for k in ("video_correct", "moves_right_way", "constant", "sharp")) >= 0.9
 
 
-@pytest.mark.parametrize("direction", world.DIRECTIONS)
-def test_backwards_and_mirrored_are_other_directions(direction):
-    opposite = {"left": "right", "right": "left", "up": "down", "down": "up"}
+@pytest.mark.parametrize("direction, opposite, axis", [("left", "right", -1), ("down", "up", -2)])
+def test_backwards_and_mirrored_are_other_directions(direction, opposite, axis):
     captions = {d: f"a green square moving {d} on grey" for d in world.DIRECTIONS}
     video = draw_video(captions[direction])
-    mirrored = video.flip(-1 if direction in ("left", "right") else -2)
-    videos, others = torch.stack([video, video.flip(0), mirrored]), [d for d in world.DIRECTIONS if d != direction]
-    true = [direction, opposite[direction], opposite[direction]]
-    assert world.video_correct(videos, [captions[d] for d in true]).tolist() == [1, 1, 1]
-    assert world.smooth(videos, [captions[d] for d in true]).tolist() == [1, 1, 1]
-    for other in others:
-        assert world.moves_right_way(video[None], [captions[other]]).item() == 0
+    videos = torch.stack([video, video.flip(0), video.flip(axis)])
+    true = [captions[direction], captions[opposite], captions[opposite]]
+    assert world.video_correct(videos, true).tolist() == [1, 1, 1] == world.smooth(videos, true).tolist()
+    others = [caption for d, caption in captions.items() if d != direction]
+    assert not world.moves_right_way(video.expand(3, -1, -1, -1, -1), others).any()
 
 
 def test_standing_still_is_smooth_and_wrong():
@@ -221,9 +213,16 @@ def test_an_object_that_changes_or_disappears_is_caught():
     assert world.smooth(videos, [caption] * 4)[2] < 0.8
 
 
+def test_an_off_centre_object_does_not_begin_where_it_goes():
+    rng = random.Random(0)
+    for motion, (dx, dy) in world.DIRECTIONS.items():
+        shifts = [world.random_moving_make(rng, motion, well_made_share=0).shift for _ in range(20)]
+        assert max(x * dx + y * dy for x, y in shifts) == 0 > min(x * dx + y * dy for x, y in shifts)
+
+
 def test_a_video_begins_as_the_image_of_its_caption_and_its_speckles_stand_still():
     rng = random.Random(5)
-    for scene in rng.choices(world.moving_scenes(), k=8):
+    for scene in rng.choices(world.moving_scenes(), k=4):
         make = replace(world.random_moving_make(rng, scene.motion), speckles=0.08)
         motion = world.random_motion(rng, scene.motion)
         video = world.draw_video(scene, make, motion, torch.Generator().manual_seed(3))
@@ -233,7 +232,7 @@ def test_a_video_begins_as_the_image_of_its_caption_and_its_speckles_stand_still
         assert torch.equal(corner, corner[:1].expand_as(corner))
 
 
-@pytest.mark.parametrize("frames", [1, 2, 5, 17])
+@pytest.mark.parametrize("frames", [1, 2, 5])
 def test_other_lengths(frames):
     scenes, _, _, videos = world.sample_videos(2, 2, frames, well_made_share=1.0)
     seen = measure(videos, [s.caption for s in scenes])
@@ -242,21 +241,9 @@ def test_other_lengths(frames):
     assert seen["moves_right_way"].min() == (frames > 1) and seen["smooth"].min() == (frames > 2)
 
 
-def test_the_judge_finds_nothing_in_blank_videos_and_noise():
-    noise = torch.rand(9, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    videos = torch.stack([torch.ones_like(noise), noise])
-    for name, values in measure(videos, ["a red circle moving up on white"] * 2).items():
-        assert values.max() < 0.2, name
-
-
 def test_a_measure_sees_a_change_in_place():
     caption = "a red circle moving right on white"
     videos = draw_video(caption)[None]
     assert world.video_correct(videos, [caption]) == 1
     videos[:] = videos.flip(1).clone()
     assert world.video_correct(videos, [caption]) == 0
-
-
-def test_a_sample_of_videos_depends_on_its_seed_alone():
-    first, again, other = world.sample_videos(3, 4), world.sample_videos(3, 4), world.sample_videos(4, 4)
-    assert first[:3] == again[:3] and torch.equal(first[3], again[3]) and not torch.equal(first[3], other[3])

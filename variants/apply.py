@@ -86,14 +86,16 @@ def make_exercise(number, folder):
     if folder.exists() or folder.resolve().is_relative_to(ROOT):
         raise ValueError(f"{folder}: must be a new folder outside of {ROOT}")
     page = known[int(number) - 1]
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "outputs", "venv", "bugs", "exercises"))
+    unneeded = shutil.ignore_patterns(".*", "__pycache__", "outputs", "venv", "bugs", "exercises")
+    shutil.copytree(ROOT, folder, ignore=unneeded)
     name = str(page.relative_to(VARIANTS).with_suffix(""))
     for script in sorted({file for files, _, _ in blocks_of(page.read_text("utf-8")) for file in files}):
         text = (folder / script).read_text("utf-8")
         (folder / script).write_text(change(text, [name], script), "utf-8")
     (folder / "exercise.txt").write_text(f"{number}\n")
-    task = page.read_text("utf-8").split("```")[0] if page.parent.name == "exercises" else "A bug is in one of the files."
-    print(f"{task.strip()}\n\nChange {folder}, then: python variants/apply.py --solved {folder}")
+    hole = page.parent.name == "exercises"
+    print(page.read_text("utf-8").split("```")[0] if hole else "A bug is in one of the files.\n")
+    print(f"Change {folder}, then: python variants/apply.py --solved {folder}")
 
 
 def check_exercise(folder):
