@@ -1,12 +1,16 @@
-"""A small run on the tiny models, what happens inside it, and its loss written by hand. Tests share this."""
+"""A small run, what happens inside it, and its loss written by hand. Tests share this."""
 
 import math
+import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-# Calls are counted: FAULT strikes in call number FAULT_AT. A digit is a signal that the process sends to itself.
+TINY = Path(__file__).resolve().parents[1] / "tiny"
+# Calls are counted: FAULT strikes in call number FAULT_AT, of one of several processes. A digit is a signal that the
+# process sends to itself.
 REWARDS = """
 import os
 import torch
@@ -14,14 +18,16 @@ import torch
 calls = 0
 
 
-def redness(images):
-    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
+def redness(media):
+    frames = media if media.ndim == 5 else media[:, None]
+    return frames[:, :, 0].mean((1, 2, 3)) - frames[:, :, 1:].mean((1, 2, 3, 4))
 
 
 def red(images, prompts):
     global calls
     calls += 1
-    fault = os.environ.get("FAULT") if os.environ.get("FAULT_AT") == str(calls) else None
+    here = os.environ.get("RANK", "0") == os.environ.get("FAULT_RANK", "0")
+    fault = os.environ.get("FAULT") if here and os.environ.get("FAULT_AT") == str(calls) else None
     if fault == "raise":
         raise ValueError("out of paint")
     if fault and fault.isdigit():
@@ -34,7 +40,7 @@ def cyan(images, prompts):
 
 
 def dark(images, prompts):
-    return -images.mean((1, 2, 3))
+    return -images.flatten(1).mean(1)
 
 
 counted = 0
@@ -76,6 +82,41 @@ def scripts(root):
     """The names of all grpo_*.py, without those that a page of variants/ was applied to, such as grpo_flux_kl."""
     names = sorted(path.stem for path in root.glob("grpo_*.py"))
     return [name for name in names if not any(name.startswith(f"{other}_") for other in names)]
+
+
+def write_files(folder):
+    """rewards.py, three held-out prompts, and models whose networks have one block and channels of 8: for what is true
+    of any weights. Their text encoders are those of the tiny models."""
+    from diffusers import AutoencoderKL, AutoencoderKLHunyuanVideo, FluxTransformer2DModel
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    (folder / "rewards.py").write_text(REWARDS)
+    prompts = (TINY / "prompts_heldout.txt").read_text().splitlines()
+    (folder / "heldout.txt").write_text("\n".join(prompts[:3]))
+    block = dict(num_layers=1, num_single_layers=1, num_attention_heads=2, attention_head_dim=16)
+    torch.manual_seed(0)
+    for name, transformer, autoencoder, axes in (
+        ("flux", FluxTransformer2DModel, AutoencoderKL, "axes_dims_rope"),
+        ("hunyuan_video", HunyuanVideoTransformer3DModel, AutoencoderKLHunyuanVideo, "rope_axes_dim"),
+    ):
+        model = folder / name
+        shutil.copytree(TINY / name, model, ignore=shutil.ignore_patterns("transformer", "vae"))
+        config = transformer.load_config(TINY / name / "transformer") | block | {axes: [4, 6, 6]}
+        transformer.from_config(config).save_pretrained(model / "transformer")
+        config = autoencoder.load_config(TINY / name / "vae") | dict(block_out_channels=[8] * 4)
+        autoencoder.from_config(config).save_pretrained(model / "vae")
+    config = transformer.load_config(TINY / "skyreels_i2v") | block | {axes: [4, 6, 6]}
+    transformer.from_config(config).save_pretrained(folder / "skyreels_i2v")
+
+
+def one_block(files, script="grpo_flux"):
+    """The flags of a script that name the models of write_files."""
+    if script == "grpo_flux":
+        return dict(pretrained_model_name_or_path=files / "flux")
+    flags = dict(pretrained_model_name_or_path=files / "hunyuan_video")
+    if script == "grpo_skyreel_i2v":
+        flags |= dict(transformer=files / "skyreels_i2v", first_frame_model=files / "flux")
+    return flags
 
 
 def argv(files, output_dir, **changes):

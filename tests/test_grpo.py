@@ -1,6 +1,7 @@
 """grpo_flux.py: every draw, every gradient and every file of the training loop is what its docstring says.
 
-The models are the embedded tiny ones, the rewards mostly colours; nothing depends on how well the models were trained.
+The models have one block, or are the embedded tiny ones, and the rewards are colours; nothing depends on how well the
+models were trained.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -26,34 +28,16 @@ from safetensors.torch import load_file
 import grpo_flux as g
 import harness
 import small
-from small import REWARDS, WINDOW, advantages_by_hand, argv, close, flat, kept_by_hand, length, loss_gradient, same
-from small import TIMES, surrogate_by_hand
+from small import TIMES, TINY, WINDOW, advantages_by_hand, close, flat, kept_by_hand, length, loss_gradient, same
+from small import surrogate_by_hand
 
+pytestmark = pytest.mark.usefixtures("on_cpu")
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
+
 # ---- RUNS, AND WHAT HAPPENS INSIDE THEM --------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """A folder with rewards.py and three held-out prompts."""
-    folder = tmp_path_factory.mktemp("files")
-    (folder / "rewards.py").write_text(REWARDS)
-    prompts = (harness.HERE / "tiny/prompts_heldout.txt").read_text().splitlines()
-    (folder / "heldout.txt").write_text("\n".join(prompts[:3]))
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
-    """Bitwise claims are about these kernels."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-
-
-@pytest.fixture
-def build(files, tmp_path):
-    """build(**flags) -> a run, as main() would make it."""
-    counter = iter(range(1000))
-    return lambda **flags: g.make_run(g.parse_args(argv(files, tmp_path / f"run{next(counter)}", **flags)))
+def argv(files, folder, **flags):
+    return small.argv(files, folder, **small.one_block(files) | flags)
 
 
 @pytest.fixture
@@ -80,7 +64,7 @@ def state_of(folder, step, kind=""):
 
 
 def checkpoints_of(folder):
-    return sorted(path.name for path in (Path(folder) / "checkpoints").glob("*"))
+    return [int(path.name.removeprefix("step_")) for path in sorted((Path(folder) / "checkpoints").glob("*"))]
 
 
 # ---- ADVANTAGES --------------------------------------------------------------------------------------------------
@@ -93,108 +77,49 @@ one = torch.ones(1)
 
 
 @quick
-@given(shapes)
-def test_advantages_have_mean_0_and_std_1_in_each_group(shape):
-    groups, size, _, seed = shape
-    advantages, flat_groups = g.group_advantages(rewards_of(groups, size, 1, seed), one, size)
-    for group in advantages.split(size):
-        assert abs(float(group.mean())) < 1e-12
-        assert float(group.std()) == pytest.approx(1)
+@given(shapes, st.lists(st.floats(-3, 3), min_size=3, max_size=3), st.sampled_from([0.5, 2, math.inf]))
+def test_advantages_are_their_formula_with_pythons_statistics(shape, weights, limit):
+    """A weighted sum over rewards, each standardised in its group and clamped, whatever its scale and its level."""
+    groups, size, count, seed = shape
+    rewards = rewards_of(groups, size, count, seed) * torch.tensor([1, 1e3, 1e-3])[:count] + 7
+    advantages, flat_groups = g.group_advantages(rewards, torch.tensor(weights[:count]), size, limit)
+    expected = [0.0] * len(rewards)
+    for weight, column in zip(weights, rewards.T.tolist()):
+        for start in range(0, len(column), size):
+            group = column[start : start + size]
+            mean, std = statistics.mean(group), statistics.stdev(group)
+            for i in range(start, start + size):
+                expected[i] += weight * min(max((column[i] - mean) / std, -limit), limit)
+    torch.testing.assert_close(advantages, torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-7)
     assert flat_groups == 0
 
 
-@quick
-@given(shapes, st.floats(0.01, 100), st.floats(-10, 10))
-def test_advantages_do_not_see_scale_and_level_of_a_reward(shape, scale, level):
-    rewards, weights = rewards_of(*shape), torch.ones(shape[2])
-    before, _ = g.group_advantages(rewards, weights, shape[1])
-    after, _ = g.group_advantages(scale * rewards + level, weights, shape[1])
-    torch.testing.assert_close(after, before)
-
-
-@quick
-@given(shapes)
-def test_advantages_move_with_their_samples(shape):
-    groups, size, _, seed = shape
-    rewards, weights = rewards_of(*shape), torch.ones(shape[2])
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.cat([start * size + torch.randperm(size, generator=generator) for start in range(groups)])
-    before, _ = g.group_advantages(rewards, weights, size)
-    after, _ = g.group_advantages(rewards[order], weights, size)
-    torch.testing.assert_close(after, before[order])
-
-
-@quick
-@given(shapes)
-def test_groups_do_not_see_each_other(shape):
-    groups, size, count, seed = shape
-    rewards, weights = rewards_of(groups + 1, size, count, seed), torch.ones(count)
-    rewards[:size] *= 1e6
-    together, _ = g.group_advantages(rewards, weights, size)
-    for start in range(0, len(rewards), size):
-        alone, _ = g.group_advantages(rewards[start : start + size], weights, size)
-        torch.testing.assert_close(together[start : start + size], alone, rtol=1e-12, atol=1e-12)
-
-
-@quick
-@given(shapes, st.lists(st.floats(-3, 3), min_size=3, max_size=3))
-def test_several_rewards_give_the_weighted_sum_of_their_advantages(shape, weights):
-    groups, size, _, seed = shape
-    rewards = rewards_of(groups, size, 3, seed) * torch.tensor([1, 1e3, 1e-3])  # scales that would not add up
-    total, _ = g.group_advantages(rewards, torch.tensor(weights), size)
-    single = [g.group_advantages(rewards[:, k : k + 1], one, size)[0] for k in range(3)]
-    expected = sum(w * a for w, a in zip(torch.tensor(weights).double(), single))
-    torch.testing.assert_close(total, expected)
-
-
-@pytest.mark.parametrize("size", [3, 5, 12])
-def test_binary_groups_have_their_closed_form(size):
-    for hits in range(1, size):
-        rewards = torch.tensor([1.0] * hits + [0.0] * (size - hits))[:, None]
-        advantages, _ = g.group_advantages(rewards, one, size)
-        misses = size - hits
-        high = math.sqrt(misses * (size - 1) / (hits * size))
-        low = -math.sqrt(hits * (size - 1) / (misses * size))
-        torch.testing.assert_close(advantages, torch.tensor([high] * hits + [low] * misses, dtype=torch.float64))
-
-
 def test_flat_groups_have_advantage_0_and_are_counted():
+    """Equal scores, whose mean in float32 may be off by a rounding, which a division by the spread would blow up."""
     values = [0.0, 0.1, 0.2, 0.3, 0.7, -7.3, 1e-8, 1e6 + 0.1]
-    sizes = [3, 5, 7, 12]
-    off = [v for v in values for size in sizes if torch.full((size,), v).mean() != torch.tensor(v)]
-    assert off, "in float32 some mean is an ulp off, which a division by the spread would blow up"
-    for size in sizes:
+    for size in (3, 5, 7, 12):
         rewards = torch.tensor(values).repeat_interleave(size)[:, None]
         rewards = torch.cat([rewards, torch.arange(size)[:, None]])  # the last group is not flat
         advantages, flat_groups = g.group_advantages(rewards, one, size)
         assert torch.equal(advantages[:-size], torch.zeros(len(values) * size, dtype=torch.float64))
-        assert advantages[-size:].all() or size % 2  # an odd group's middle one is its mean
+        assert float(advantages[-size:].std()) == pytest.approx(1)
         assert flat_groups == len(values)
 
 
-def test_a_spread_of_rounding_errors_is_flat_and_a_small_one_is_not():
-    value = torch.tensor(0.28)
-    rounding = torch.stack([value, value, torch.nextafter(value, one[0]), value])[:, None]
-    advantages, flat_groups = g.group_advantages(rounding, one, 4)
-    assert flat_groups == 1 and not advantages.any()
-    small = value + 1e-5 * torch.arange(4.0)[:, None]
-    advantages, flat_groups = g.group_advantages(small, one, 4)
-    assert flat_groups == 0 and float(advantages.std()) == pytest.approx(1)
+value = torch.tensor(0.28)
+SPREADS = {  # scores of a group, and whether it is flat
+    "one rounding": ([value, value, torch.nextafter(value, one[0]), value], True),
+    "small": ([value + 1e-5 * i for i in range(4)], False),
+    "small scores": ([1e-12 * i for i in range(4)], False),
+    "large scores": ([1e12 * i for i in range(4)], False),
+}
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1e12])
-def test_a_spread_is_small_or_large_beside_the_scores_only(scale):
-    rewards = rewards_of(2, 5, 1, 0)
-    advantages, flat_groups = g.group_advantages(scale * rewards, one, 5)
-    torch.testing.assert_close(advantages, g.group_advantages(rewards, one, 5)[0])
-    assert flat_groups == 0
-
-
-@pytest.mark.parametrize("limit", [0.5, 2.0])
-def test_each_rewards_advantage_is_clamped_before_it_is_weighted(limit):
-    rewards, weights = rewards_of(2, 9, 2, 0), torch.tensor([3.0, -3.0])
-    single = [g.group_advantages(rewards[:, k : k + 1], one, 9)[0].clamp(-limit, limit) for k in (0, 1)]
-    assert torch.allclose(g.group_advantages(rewards, weights, 9, limit)[0], 3 * single[0] - 3 * single[1])
+@pytest.mark.parametrize("name", SPREADS)
+def test_a_group_is_flat_beside_the_size_of_its_scores(name):
+    scores, is_flat = SPREADS[name]
+    advantages, flat_groups = g.group_advantages(torch.tensor(scores)[:, None], one, 4)
+    assert flat_groups == is_flat and float(advantages.std()) == pytest.approx(0.0 if is_flat else 1.0)
 
 
 def test_a_flat_reward_leaves_the_others_their_say():
@@ -205,57 +130,40 @@ def test_a_flat_reward_leaves_the_others_their_say():
 
 
 @quick
-@given(shapes, st.integers(1, 4))
-def test_best_and_worst_are_those_of_each_group(shape, half):
+@given(shapes, st.integers(1, 4), st.booleans())
+def test_best_and_worst_are_those_of_each_group(shape, half, ties):
+    """Among equals either may be taken, but none twice."""
     groups, size, _, seed = shape
     keep = 2 * min(half, size // 2)
-    advantages = rewards_of(groups, size, 1, seed)[:, 0] + 10 * torch.arange(groups).repeat_interleave(size)
+    advantages = rewards_of(groups, size, 1, seed)[:, 0]
+    advantages = advantages.round() if ties else advantages
     rows = g.best_and_worst(advantages, size, keep)
-    assert rows.tolist() == kept_by_hand(advantages, size, keep)
-    assert len(rows) == groups * keep
-
-
-@quick
-@given(shapes, st.integers(1, 4))
-def test_best_and_worst_choose_among_equals_without_taking_one_twice(shape, half):
-    groups, size, _, seed = shape
-    keep = 2 * min(half, size // 2)
-    advantages = rewards_of(groups, size, 1, seed)[:, 0].round()  # many ties
-    rows = g.best_and_worst(advantages, size, keep).view(groups, keep)
-    for number, (row, group) in enumerate(zip(rows, advantages.split(size))):
+    assert ties or rows.tolist() == kept_by_hand(advantages, size, keep)
+    for number, (row, group) in enumerate(zip(rows.view(groups, keep), advantages.split(size))):
         ordered = sorted(group.tolist())
         assert sorted(advantages[row].tolist()) == ordered[: keep // 2] + ordered[size - keep // 2 :]
         assert row.tolist() == sorted(set(row.tolist())) and set((row // size).tolist()) == {number}
-
-
-def test_best_and_worst_of_all_is_all():
-    assert torch.equal(g.best_and_worst(torch.randn(12), 4, 4), torch.arange(12))
 
 
 # ---- THE CLIPPED OBJECTIVE ---------------------------------------------------------------------------------------
 @quick
 @given(st.lists(st.tuples(st.floats(-3, 3), st.floats(-5, 5)), min_size=1, max_size=9), st.floats(1e-4, 0.9))
 def test_policy_loss_is_the_clipped_objective(rows, clip_range):
-    """The log-ratios are in units of the clip range, so that all sides of it occur."""
+    """The log-ratios are in units of the clip range, so that all sides of it occur. A descent raises the
+    log-probability where A > 0; its gradient is 0 where the ratio went far enough that way."""
     old = torch.linspace(-2, 1, len(rows), dtype=torch.float64)
     log_ratio, advantage = (torch.tensor(column, dtype=torch.float64) for column in zip(*rows))
-    loss, ratio = g.policy_loss(old + clip_range * log_ratio, old, advantage, clip_range)
+    new = (old + clip_range * log_ratio).requires_grad_()
+    loss, ratio = g.policy_loss(new, old, advantage, clip_range)
     assert loss.shape == ratio.shape == (len(rows),)
+    loss.sum().backward()
     for i, (x, a) in enumerate(rows):
         rho = math.exp(clip_range * x)
         inside = min(max(rho, 1 - clip_range), 1 + clip_range)
         assert float(ratio[i]) == pytest.approx(rho)
         assert float(loss[i]) == pytest.approx(-min(rho * a, inside * a), abs=1e-12)
-
-
-@pytest.mark.parametrize("advantage", [2.0, -2.0])
-@pytest.mark.parametrize("log_ratio", [-0.2, -0.05, 0.0, 0.05, 0.2])
-def test_gradient_is_minus_ratio_times_advantage_and_0_where_clipped(log_ratio, advantage):
-    """A descent raises the log-probability where A > 0; it stops where the ratio went far enough that way."""
-    log_prob = torch.tensor([log_ratio], requires_grad=True)
-    g.policy_loss(log_prob, torch.zeros(1), torch.tensor([advantage]), 0.1)[0].sum().backward()
-    clipped = log_ratio * advantage > 0 and abs(log_ratio) > 0.1
-    assert float(log_prob.grad) == pytest.approx(0 if clipped else -math.exp(log_ratio) * advantage)
+        clipped = x * a > 0 and abs(rho - 1) > clip_range
+        assert float(new.grad[i]) == pytest.approx(0 if clipped else -rho * a, abs=1e-12)
 
 
 CASES = {
@@ -263,11 +171,11 @@ CASES = {
     "a window": (WINDOW, [1, 2]),
     "two updates": (WINDOW | dict(num_updates=2), [1, 2]),
     "uneven micro-batches": (WINDOW | dict(train_batch_size=3), [1, 2]),
+    "one by one": (WINDOW | dict(train_batch_size=1), [1, 2]),
     "best of n": (WINDOW | dict(best_of_n=2), [1, 2]),
     "best of n, two updates": (WINDOW | dict(best_of_n=2, num_updates=2, train_batch_size=3), [1, 2]),
     "two weighted rewards": (WINDOW | dict(reward=("red", "dark"), reward_weights=(0.7, -1.4)), [1, 2]),
     "binary reward": (WINDOW | dict(reward="number", reward_thresholds=0.5), [1, 2]),
-    "clamped advantages": (WINDOW | dict(adv_clip_max=0.5), [1, 2]),
     "each reward's advantages clamped": (
         WINDOW | dict(adv_clip_max=0.8, reward=("red", "number"), reward_weights=(3, 3)), [1, 2],
     ),
@@ -276,6 +184,7 @@ CASES = {
     "other guidance and shift": (WINDOW | dict(guidance_scale=1.5, shift=1.7), [1, 2]),
     "gradient checkpointing": (WINDOW | dict(gradient_checkpointing=True), [1, 2]),
     "LoRA": (WINDOW | dict(rank=4, lora_alpha=12), [1, 2]),
+    "clipped gradient": (WINDOW | dict(max_grad_norm=1e-3), [1, 2]),
 }  # fmt: skip
 
 
@@ -288,24 +197,21 @@ def test_gradient_is_that_of_the_objective_written_by_hand(case, build, watch):
     advantages, rows = advantages_by_hand(run.args, log.scores[0])
     policy = run.models.policy
     assert len(log.gradients) == metrics["updates"] == run.args.num_updates
+    norms = []
     for part, gradient in zip(rows.chunk(run.args.num_updates), log.gradients):
         ratios, objectives = surrogate_by_hand(run, log, part, steps, advantages, policy, policy)
         assert torch.allclose(ratios, torch.ones(()))  # the policy that trains is the one that drew
-        assert close(gradient, loss_gradient(objectives, policy))
+        expected = loss_gradient(objectives, policy)
+        norms.append(length(expected))
+        assert close(gradient, expected * min(1, run.args.max_grad_norm / norms[-1]))
+    assert (max(norms) > run.args.max_grad_norm) == (case == "clipped gradient")
     assert metrics["advantage_abs_mean"] == pytest.approx(float(advantages.abs().mean()))
-    assert metrics["grad_norm"] == pytest.approx(sum(map(length, log.gradients)) / len(log.gradients), rel=1e-5)
-
-
-def moved(run):
-    """Other weights, as after some training."""
-    for i, parameter in enumerate(run.parameters):
-        noise = torch.randn(parameter.shape, generator=harness.seeded("moved", i))
-        parameter.data.add_(0.1 * parameter.abs().mean().clamp_min(0.3 if run.args.rank else 0.01) * noise)
+    assert metrics["grad_norm"] == pytest.approx(sum(norms) / len(norms), rel=1e-4)
 
 
 def test_second_update_is_clipped_against_the_policy_of_the_rollout(build, watch):
     """Here lr is large enough that the ratio leaves 1 and the clip is felt, or all of this would prove nothing."""
-    run = build(**WINDOW, num_updates=2, train_batch_size=3, learning_rate=2e-3, clip_range=3e-3)
+    run = build(**WINDOW, num_updates=2, train_batch_size=3, learning_rate=4e-3, clip_range=3e-3)
     log, old_policy = watch(run), copy.deepcopy(run.models.policy)
     metrics = g.train_step(run, 0)
     advantages, rows = advantages_by_hand(run.args, log.scores[0])
@@ -327,55 +233,23 @@ def test_second_update_is_clipped_against_the_policy_of_the_rollout(build, watch
     assert metrics["loss"] == pytest.approx(-float((first.sum() + objectives.sum()).detach()) / 16, abs=1e-5)
 
 
-def test_gradient_does_not_depend_on_the_micro_batch(build, watch):
-    """The reward is one that does not see a pixel fall on the other side of an 8-bit rounding."""
-    gradients = []
-    for size in (1, 3, 8):
-        run = build(**WINDOW, reward="number", train_batch_size=size)
-        log = watch(run, frozen=True)
-        g.train_step(run, 0)
-        gradients += log.gradients
-    assert close(gradients[0], gradients[2]) and close(gradients[1], gradients[2])
-
-
-def test_gradient_is_scaled_to_max_grad_norm_and_logged_before(build, watch):
-    run = build(max_grad_norm=1e9)
-    log = watch(run, frozen=True)
-    whole = g.train_step(run, 0)["grad_norm"]
-    run = build(max_grad_norm=whole / 10)
-    scaled = watch(run, frozen=True)
-    assert g.train_step(run, 0)["grad_norm"] == pytest.approx(whole)
-    assert length(scaled.gradients[0]) == pytest.approx(whole / 10, rel=1e-4)
-    assert close(scaled.gradients[0] * 10, log.gradients[0])
-
-
 def test_gradients_do_not_pile_up(build, watch):
     """On frozen weights an iteration has the same gradient again: nothing of the ones in between is left in it."""
     run = build(**WINDOW)
     log = watch(run, frozen=True)
-    g.train_step(run, 0), g.train_step(run, 1), g.train_step(run, 0)
+    for iteration in (0, 1, 0):
+        g.train_step(run, iteration)
     assert torch.equal(log.gradients[0], log.gradients[2])
 
 
-def test_equal_rewards_give_no_gradient(build, watch):
-    run = build(reward="constant")
-    log = watch(run, frozen=True)
-    metrics = g.train_step(run, 0)
-    assert not log.gradients[0].any()
-    assert metrics["zero_std_groups"] == 2 and metrics["advantage_abs_mean"] == 0 and metrics["loss"] == 0
-
-
-def test_gradient_checkpointing_recomputes_and_changes_nothing(build, watch):
-    gradients, calls = [], []
+def test_gradient_checkpointing_recomputes(build):
+    calls = []
     for on in (False, True):
-        run = build(**WINDOW, gradient_checkpointing=on)
-        log, count = watch(run, frozen=True), []
+        run, count = build(**WINDOW, gradient_checkpointing=on), []
         run.models.policy.transformer_blocks[0].register_forward_pre_hook(lambda *_: count.append(1))
         assert g.train_step(run, 0)["ratio_max_dev"] == 0
-        gradients += log.gradients
         calls.append(len(count))
     assert calls == [4 + 2, 4 + 2 + 2]  # T rollout steps, then two trained transitions, recomputed if so asked
-    assert torch.equal(*gradients)
 
 
 def test_the_optimizer_is_adamw_with_the_flags_that_were_given(build):
@@ -383,8 +257,8 @@ def test_the_optimizer_is_adamw_with_the_flags_that_were_given(build):
     before = flat(run.parameters)
     metrics = g.train_step(run, 0)
     # AdamW's first step: decay, then lr in each direction that has a gradient well above eps.
-    moved = (flat(run.parameters) - before * (1 - 3e-4 * 0.25)).abs()
-    assert float(moved.median()) == pytest.approx(3e-4, rel=0.02) and float(moved.max()) < 3e-4 * 1.01
+    change = (flat(run.parameters) - before * (1 - 3e-4 * 0.25)).abs()
+    assert float(change.median()) == pytest.approx(3e-4, rel=0.02) and float(change.max()) < 3e-4 * 1.01
     assert metrics["lr"] == 3e-4
 
 
@@ -393,8 +267,8 @@ def test_the_optimizer_is_adamw_with_the_flags_that_were_given(build):
 @given(st.integers(1, 9), st.integers(1, 12), st.integers(0, 99))
 def test_every_prompt_comes_once_an_epoch(total, count, seed):
     prompts = [f"prompt {i}" for i in range(total)]
-    stream = sum((harness.prompts_of_step(prompts, step, count, seed) for step in range(3 * total)), [])
-    assert len(stream) == 3 * total * count
+    stream = sum((harness.prompts_of_step(prompts, step, count, seed) for step in range(2 * total)), [])
+    assert len(stream) == 2 * total * count
     for epoch in range(0, len(stream), total):
         assert sorted(stream[epoch : epoch + total]) == sorted(prompts)
 
@@ -441,7 +315,7 @@ def test_without_a_window_every_step_has_noise(files, tmp_path):
         assert g.plan(args, 0) == (g.schedule(args).tolist(), [0.7] * 4)
 
 
-@pytest.mark.parametrize("tail_steps, tail", [(0, [5, 6, 7, 8]), (2, [5, 7, 8]), (1, [5, 8]), (3, [5, 6, 7, 8])])
+@pytest.mark.parametrize("tail_steps, tail", [(0, [5, 6, 7, 8]), (2, [5, 7, 8]), (1, [5, 8]), (9, [5, 6, 7, 8])])
 def test_the_tail_has_as_many_steps_as_asked_for_evenly_chosen(tail_steps, tail, files, tmp_path):
     flags = dict(num_inference_steps=8, sde_window=2, sde_window_range=(3, 3), tail_steps=tail_steps)
     args = g.parse_args(argv(files, tmp_path, **flags))
@@ -449,8 +323,6 @@ def test_the_tail_has_as_many_steps_as_asked_for_evenly_chosen(tail_steps, tail,
     levels, etas = g.plan(args, 0)
     assert levels == [schedule[t] for t in [0, 1, 2, 3, 4, *tail]]
     assert etas == [0.0] * 3 + [0.7] * 2 + [0.0] * (len(tail) - 1)
-    args.tail_steps = 9
-    assert g.plan(args, 0)[0] == schedule
 
 
 def test_a_rollout_goes_where_the_plan_says_and_decodes_the_last_x0(build, watch):
@@ -499,16 +371,16 @@ def test_noise_belongs_to_its_row_and_iteration_whatever_the_micro_batch(build, 
     assert (distance + torch.eye(72)).min() > 0.01
 
 
-def test_a_group_shares_its_initial_noise_unless_told_otherwise(build, watch):
-    for shared in (True, False):
-        run = build(init_same_noise=shared)
-        log = watch(run, frozen=True)
-        g.train_step(run, 0)
-        trajectory = torch.cat(log.trajectories)
-        equal = torch.tensor([[torch.equal(a, b) for a in trajectory[:, 0]] for b in trajectory[:, 0]])
-        group = torch.arange(8) // 4
-        assert torch.equal(equal, group[:, None] == group if shared else torch.eye(8, dtype=torch.bool))
-        assert len({tuple(x[:, 0].tolist()) for x in trajectory[:, 1]}) == 8  # from the first noisy step on all differ
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_group_shares_its_initial_noise_unless_told_otherwise(shared, build, watch):
+    run = build(init_same_noise=shared)
+    log = watch(run, frozen=True)
+    g.train_step(run, 0)
+    trajectory = torch.cat(log.trajectories)
+    equal = torch.tensor([[torch.equal(a, b) for a in trajectory[:, 0]] for b in trajectory[:, 0]])
+    group = torch.arange(8) // 4
+    assert torch.equal(equal, group[:, None] == group if shared else torch.eye(8, dtype=torch.bool))
+    assert len({tuple(x[:, 0].tolist()) for x in trajectory[:, 1]}) == 8  # from the first noisy step on all differ
 
 
 def test_prompts_are_those_of_the_step_and_rows_of_a_group_are_adjacent(build, watch):
@@ -519,26 +391,21 @@ def test_prompts_are_those_of_the_step_and_rows_of_a_group_are_adjacent(build, w
 
 
 # ---- TRANSITIONS -------------------------------------------------------------------------------------------------
-def decoded_with_last_noise(run, seed, monkeypatch):
-    policy_step = g.policy_step
-
-    def other_last_noise(args, output, latents, level, next_level, eta, generator):
-        if next_level == 0:
-            generator = [harness.seeded(seed, i) for i in range(len(latents))]
-        return policy_step(args, output, latents, level, next_level, eta, generator=generator)
-
-    latents = g.init_latents(run.models, run.args, [harness.seeded(0), harness.seeded(1)])
-    cond = g.encode_prompts(run.models, run.args, run.prompts[:2])
-    with monkeypatch.context() as patch:
-        patch.setattr(g, "policy_step", other_last_noise)
-        return g.rollout(run, latents, cond, *g.plan(run.args, 0), [harness.seeded(2), harness.seeded(3)])
-
-
 @pytest.mark.parametrize("decode_x0", [True, False])
 def test_the_last_noise_reaches_the_sample_only_without_decode_x0(decode_x0, build, monkeypatch):
-    run = build(decode_x0=decode_x0)
-    before, _, samples = decoded_with_last_noise(run, "a", monkeypatch)
-    after, _, others = decoded_with_last_noise(run, "b", monkeypatch)
+    run, policy_step = build(decode_x0=decode_x0), g.policy_step
+    latents = g.init_latents(run.models, run.args, [harness.seeded(0), harness.seeded(1)])
+    cond = g.encode_prompts(run.models, run.args, run.prompts[:2])
+
+    def roll(seed):
+        def other_last_noise(args, output, latents, level, next_level, eta, generator):
+            generator = generator if next_level else [harness.seeded(seed, i) for i in range(len(latents))]
+            return policy_step(args, output, latents, level, next_level, eta, generator=generator)
+
+        monkeypatch.setattr(g, "policy_step", other_last_noise)
+        return g.rollout(run, latents, cond, *g.plan(run.args, 0), [harness.seeded(2), harness.seeded(3)])
+
+    (before, _, samples), (after, _, others) = roll("a"), roll("b")
     assert torch.equal(before[:, :-1], after[:, :-1]) and not torch.equal(before[:, -1], after[:, -1])
     assert torch.equal(samples, others) == decode_x0
 
@@ -547,8 +414,6 @@ def test_the_last_noise_reaches_the_sample_only_without_decode_x0(decode_x0, bui
     "flags, count, trainable",
     [
         (dict(timestep_fraction=1), 5, range(5)),
-        (dict(timestep_fraction=0.6), 3, range(5)),
-        (dict(timestep_fraction=0.61), 4, range(5)),
         (dict(timestep_fraction=0.1), 1, range(5)),
         (dict(timestep_fraction=0.5, sde_window=3, sde_window_range=(2, 2)), 2, range(2, 5)),
         (dict(timestep_fraction=0.5, sde_window=2, sde_window_range=(1, 1), tail_steps=1), 1, range(1, 3)),
@@ -673,27 +538,27 @@ def test_a_rollout_with_gradients_is_the_same_and_keeps_no_graph(build, monkeypa
 
 
 # ---- THE RATIO ---------------------------------------------------------------------------------------------------
-RATIO = [dict(train_batch_size=size) for size in (1, 5, 12, 24)]
-RATIO += [dict(mixed_precision="bf16", train_batch_size=size) for size in (5, 24)]
-RATIO += [
-    dict(best_of_n=4, train_batch_size=5), dict(best_of_n=4, train_batch_size=24, mixed_precision="bf16"),
-    dict(sde_window=0, timestep_fraction=0.6, train_batch_size=5),
-    dict(num_updates=2, train_batch_size=5), dict(num_updates=3, train_batch_size=24, best_of_n=6),
-    dict(init_same_noise=False, train_batch_size=12), dict(rank=4, lora_alpha=8, train_batch_size=5),
-    dict(rank=4, lora_alpha=8, train_batch_size=5, mixed_precision="bf16", gradient_checkpointing=True),
-    dict(gradient_checkpointing=True, train_batch_size=12),
-    dict(num_inference_steps=8, tail_steps=2, train_batch_size=12),
+RATIO = [
+    dict(train_batch_size=5), dict(train_batch_size=24, init_same_noise=False),
+    dict(train_batch_size=1, sde_window=0, timestep_fraction=0.6, num_generations=4),
+    dict(train_batch_size=5, mixed_precision="bf16", best_of_n=4),
+    dict(train_batch_size=24, num_updates=3, best_of_n=6),
+    dict(train_batch_size=5, rank=4, lora_alpha=8, mixed_precision="bf16", gradient_checkpointing=True),
+    dict(train_batch_size=12, num_inference_steps=8, tail_steps=2),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("flags", RATIO, ids=lambda flags: "-".join(f"{k}={v}" for k, v in flags.items()))
 def test_ratio_is_exactly_1_before_the_first_update(flags, build):
-    run = build(**WINDOW | dict(num_generations=12, learning_rate=1e-2) | flags)
+    """Of the tiny model: its kernels are those of a real one, at sizes that do and do not fill a vector."""
+    tiny = dict(pretrained_model_name_or_path=TINY / "flux", num_generations=12, learning_rate=1e-2)
+    run = build(**WINDOW | tiny | flags)
     for step in range(2):  # from the second iteration on the rollout is that of trained weights
         metrics = g.train_step(run, step)
         assert metrics["ratio_max_dev"] == 0.0
         steps = 2 if run.args.sde_window else math.ceil(0.6 * 3)
-        assert metrics["ratio_transitions"] == 2 * (run.args.best_of_n or 12) // run.args.num_updates * steps
+        samples = 2 * (run.args.best_of_n or run.args.num_generations)
+        assert metrics["ratio_transitions"] == samples // run.args.num_updates * steps
         if run.args.num_updates > 1:
             assert metrics["ratio_mean"] != 1 and metrics["clip_frac"] > 0 and metrics["approx_kl"] > 1e-6
         else:
@@ -702,14 +567,15 @@ def test_ratio_is_exactly_1_before_the_first_update(flags, build):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 @pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="torch.compile builds for the CPU that is there")
-def test_ratio_of_compiled_blocks_is_exactly_1_too(build):
+def test_ratio_of_compiled_blocks_is_exactly_1_too(build, monkeypatch):
+    """Of one kind of block, for a compiler takes half a minute for each."""
+    monkeypatch.setattr(FluxTransformer2DModel, "_repeated_blocks", ["FluxSingleTransformerBlock"])
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    flags = dict(num_generations=12, train_batch_size=12, learning_rate=1e-2, compile=True)
-    run = build(**WINDOW, **flags)
+    run = build(**WINDOW, learning_rate=1e-2, compile=True)
     for step in range(2):
         assert g.train_step(run, step)["ratio_max_dev"] == 0.0
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2, "a block of each kind was compiled"
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1, "the block was compiled"
 
 
 def with_dropout(run, monkeypatch):
@@ -750,12 +616,9 @@ def test_a_policy_that_is_not_that_of_the_rollout_stops_the_run(control, build, 
     with pytest.raises(RuntimeError, match="ratio"):
         g.train_step(run, 0)
     assert torch.equal(flat(run.parameters[1:]), before), "before anything is updated"
-
-
-def test_ratio_tolerance_lets_a_deviation_pass(build, monkeypatch):
-    run = build(**WINDOW, ratio_tolerance=10)
-    with_another_guidance_in_the_update(run, monkeypatch)
-    assert 0 < g.train_step(run, 0)["ratio_max_dev"] < 10
+    if control == with_another_guidance_in_the_update:
+        run.args.ratio_tolerance = 10
+        assert 0 < g.train_step(run, 0)["ratio_max_dev"] < 10
 
 
 # ---- WHOLE RUNS --------------------------------------------------------------------------------------------------
@@ -773,11 +636,14 @@ def unbroken(files, tmp_path_factory):
     return folder
 
 
-def assert_as_unbroken(folder, unbroken):
-    assert same(state_of(folder, 6), state_of(unbroken, 6))
-    weights = "checkpoints/step_000006/transformer/diffusion_pytorch_model.safetensors"
-    assert (folder / weights).read_bytes() == (unbroken / weights).read_bytes()
-    assert lines_of(folder) == lines_of(unbroken)
+def exported(folder, step):
+    return (folder / f"checkpoints/step_{step:06d}/transformer/diffusion_pytorch_model.safetensors").read_bytes()
+
+
+def assert_as_unbroken(folder, unbroken, step):
+    assert same(state_of(folder, step), state_of(unbroken, step))
+    assert exported(folder, step) == exported(unbroken, step)
+    assert lines_of(folder) == lines_of(unbroken)[: step + 1]
 
 
 def test_metrics_keep_their_contract(unbroken):
@@ -811,39 +677,18 @@ def test_metrics_of_rewards_are_over_the_group(build, watch):
     assert metrics["zero_std_groups"] == 1  # numbers 4 to 7 are all above 0.5, 0 to 3 are not; red never is above 100
 
 
-def test_a_run_repeats_with_its_seed_and_differs_with_another(files, tmp_path):
-    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
-        torch.manual_seed(len(name))
-        g.main(argv(files, tmp_path / name, **WINDOW, seed=seed, train_batch_size=5, num_updates=2))
-    a, b, c = (lines_of(tmp_path / name) for name in "abc")
-    assert len(a) == 3 and a == b
-    assert a[0] == c[0], "the evaluation before training does not depend on the seed"
-    assert all(x["reward/red"] != y["reward/red"] for x, y in zip(a[1:], c[1:]))
-    assert same(state_of(tmp_path / "a", 2), state_of(tmp_path / "b", 2))
-
-
-def test_a_run_that_is_stopped_killed_and_resumed_is_the_unbroken_run(files, tmp_path, unbroken):
-    """The signals reach a process in the middle of an iteration: its samples are drawn, its weights not yet updated."""
+def test_a_run_that_is_killed_and_resumed_is_the_unbroken_run(files, tmp_path, unbroken):
+    """The signal strikes in the middle of iteration 3: its samples are drawn, its weights not yet updated."""
     folder = tmp_path / "run"
-
-    def run(fault, at, **changes):
-        env = os.environ | {"FAULT": str(int(fault)), "FAULT_AT": str(at), "TQDM_DISABLE": "1"}
-        command = [sys.executable, g.__file__, *argv(files, folder, **LONG, **changes)]
-        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-
-    process = run(signal.SIGINT, 1 + 1)  # the first call is the evaluation
-    assert process.returncode == 0, process.stderr
-    assert "stopped after iteration 1" in process.stdout
-    assert checkpoints_of(folder) == ["step_000001"] and same(state_of(folder, 1), state_of(unbroken, 1))
-
-    process = run(signal.SIGKILL, 3, resume_from_checkpoint="latest")  # 2 is saved, 3 is killed; two calls in each
+    env = os.environ | {"FAULT": str(int(signal.SIGKILL)), "FAULT_AT": "6", "TQDM_DISABLE": "1"}
+    command = [sys.executable, g.__file__, *argv(files, folder, **LONG)]
+    process = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert process.returncode == -signal.SIGKILL, process.stderr
-    assert checkpoints_of(folder) == ["step_000001", "step_000002"] and len(lines_of(folder)) == 3
+    assert checkpoints_of(folder) == [2] and len(lines_of(folder)) == 3
     with open(folder / "metrics.jsonl", "a") as file:  # as if iteration 3 had got as far as its line
         file.write(json.dumps({"step": 3, "reward/red": 100.0}) + "\n")
-
     g.main(argv(files, folder, **LONG, resume_from_checkpoint="latest"))
-    assert_as_unbroken(folder, unbroken)
+    assert_as_unbroken(folder, unbroken, 6)
 
 
 def train_step_that(monkeypatch, act, at):
@@ -853,7 +698,9 @@ def train_step_that(monkeypatch, act, at):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_lets_the_iteration_finish_and_a_second_does_not_wait(number, files, tmp_path, unbroken, monkeypatch):
+def test_a_signal_lets_the_iteration_finish_and_a_second_does_not_wait(
+    number, files, tmp_path, unbroken, monkeypatch, capsys
+):
     before = signal.getsignal(number)
 
     def act(run):
@@ -863,53 +710,35 @@ def test_a_signal_lets_the_iteration_finish_and_a_second_does_not_wait(number, f
     with monkeypatch.context() as patch:
         train_step_that(patch, act, 3)
         g.main(argv(files, tmp_path / "run", **LONG))
-    assert signal.getsignal(number) == before
-    assert checkpoints_of(tmp_path / "run") == ["step_000002", "step_000003"]
-    assert same(state_of(tmp_path / "run", 3), state_of(unbroken, 3))
-    assert lines_of(tmp_path / "run") == lines_of(unbroken)[:4]
+    assert signal.getsignal(number) == before and "stopped after iteration 3" in capsys.readouterr().out
+    assert checkpoints_of(tmp_path / "run") == [2, 3]
+    assert_as_unbroken(tmp_path / "run", unbroken, 3)
 
 
-def test_resume_without_an_average_and_from_an_older_checkpoint(files, tmp_path):
-    """Later checkpoints of the abandoned branch are in the way of nobody."""
-    flags = WINDOW | dict(max_train_steps=4, checkpointing_steps=1, validation_steps=2)
-    g.main(argv(files, tmp_path / "run", **flags))
-    lines, state = lines_of(tmp_path / "run"), state_of(tmp_path / "run", 4)
-    older = tmp_path / "run/checkpoints/step_000002"
-    weights = "checkpoints/step_000004/transformer/diffusion_pytorch_model.safetensors"
-    exported = (tmp_path / "run" / weights).read_bytes()
-    shutil.rmtree(tmp_path / "run/checkpoints/step_000004/training_state")  # the old file must not pass for a new one
-    g.main(argv(files, tmp_path / "run", **flags, resume_from_checkpoint=older))
-    assert same(state_of(tmp_path / "run", 4), state)
-    assert (tmp_path / "run" / weights).read_bytes() == exported
-    assert lines_of(tmp_path / "run") == lines
-
-
-def test_a_branch_that_was_left_is_gone_with_the_next_checkpoint(files, tmp_path):
-    """Else 'latest' would be of it, with the metrics of the other."""
-    flags = WINDOW | dict(checkpointing_steps=2, checkpoints_total_limit=3)
+def test_resume_from_an_older_checkpoint_leaves_the_other_branch(files, tmp_path):
+    """Without an average. What was written after the older checkpoint, whole or torn, is in the way of nobody."""
     run = tmp_path / "run"
+    flags = WINDOW | dict(checkpointing_steps=1, checkpoints_total_limit=3, validation_steps=2)
     g.main(argv(files, run, **flags | dict(max_train_steps=4)))
+    assert checkpoints_of(run) == [2, 3, 4], "no more than the limit"
+    lines, state, weights = lines_of(run), state_of(run, 4), exported(run, 4)
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')  # torn when the machine went down
-    older = run / "checkpoints/step_000002"
-    assert checkpoints_of(run) == ["step_000002", "step_000004"]
-    flags |= dict(max_train_steps=3, resume_from_checkpoint=older)
-    g.main(argv(files, run, **flags))
-    assert checkpoints_of(run) == ["step_000002", "step_000003"]
-    assert [line["step"] for line in lines_of(run)] == [*range(4)]
+    flags |= dict(resume_from_checkpoint=run / "checkpoints/step_000002", checkpointing_steps=100)
+    g.main(argv(files, run, **flags | dict(max_train_steps=3)))
+    assert checkpoints_of(run) == [2, 3], "else 'latest' would be of one branch, with the metrics of the other"
+    assert [line["step"] for line in lines_of(run)] == [0, 1, 2, 3]
+    g.main(argv(files, run, **flags | dict(max_train_steps=4)))
+    assert same(state_of(run, 4), state) and exported(run, 4) == weights and lines_of(run) == lines
 
 
-def test_a_run_needs_no_git(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.setenv("PATH", "")
-    g.main(argv(files, tmp_path / "run", **WINDOW | dict(max_train_steps=1)))
-    assert json.loads((tmp_path / "run/args.json").read_text())["commit"] is None
-
-
-def test_a_reward_model_is_loaded_once_for_training_and_evaluation(build, monkeypatch):
+def test_a_run_needs_no_git_and_loads_a_reward_once(build, monkeypatch):
     asked, load = [], g.load_reward_flags
     monkeypatch.setattr(g, "load_reward_flags", lambda *words: asked.append(words) or load(*words))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setenv("PATH", "")
     run = build(**WINDOW)
+    assert json.loads((run.folder / "args.json").read_text())["commit"] is None
     assert len(asked) == 1
     assert run.rewards.labels == ["red"] and run.eval_rewards.labels == ["red", "dark"]
     assert run.rewards.rewards["red"] is run.eval_rewards.rewards["red"]
@@ -925,15 +754,22 @@ def test_a_run_is_not_resumed_with_other_settings_nor_written_over(files, tmp_pa
         assert exit.value.code == 2 and word in capsys.readouterr().err
 
 
-def spoil_gradient(run):
+def spoil_gradient(run, monkeypatch):
     run.parameters[0].register_hook(lambda gradient: gradient * math.nan)
 
 
-FAULTS = {  # what stops iteration 4, and what the error names
-    "reward raises": ("raise", None, "reward 'red' failed: out of paint"),
-    "reward is NaN": ("nan", None, "reward 'red' is nan"),
-    "gradient is NaN": (None, spoil_gradient, "after iteration 3: the gradient's norm is nan"),
-    "ratio is not 1": (None, lambda run: with_dropout(run, None), "ratio"),
+def spoil_second_update(run, monkeypatch):
+    norms = iter([torch.tensor(1.0), torch.tensor(math.nan)])
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: next(norms))
+
+
+FAULTS = {  # what stops iteration 4, what the error names, and the last iteration that is saved
+    "reward raises": ("raise", None, "reward 'red' failed: out of paint", 3),
+    "reward is NaN": ("nan", None, "reward 'red' is nan", 3),
+    "ratio is not 1": (None, with_dropout, "ratio", 3),
+    "gradient is NaN": (None, spoil_gradient, "after iteration 3: the gradient's norm is nan", 3),
+    # What the first of two updates left belongs to no iteration.
+    "second gradient is NaN": (None, spoil_second_update, "after iteration 3: the gradient's norm is nan", 2),
 }
 
 
@@ -941,49 +777,28 @@ FAULTS = {  # what stops iteration 4, and what the error names
 def test_a_fault_stops_the_run_with_its_own_error_and_keeps_whole_iterations(
     name, files, tmp_path, unbroken, monkeypatch
 ):
-    fault, act, message = FAULTS[name]
+    fault, act, message, kept = FAULTS[name]
     if fault:
         monkeypatch.setenv("FAULT", fault)
         monkeypatch.setenv("FAULT_AT", "8")  # the evaluation, then two calls in each iteration
     else:
-        train_step_that(monkeypatch, act, 4)
+        train_step_that(monkeypatch, lambda run: act(run, monkeypatch), 4)
     with pytest.raises(SystemExit, match=re.escape(message)):
         g.main(argv(files, tmp_path / "run", **LONG))
-    assert checkpoints_of(tmp_path / "run") == ["step_000002", "step_000003"]
-    assert same(state_of(tmp_path / "run", 3), state_of(unbroken, 3))
+    assert checkpoints_of(tmp_path / "run") == [2, 3][: kept - 1]
+    assert same(state_of(tmp_path / "run", kept), state_of(unbroken, kept))
     assert lines_of(tmp_path / "run") == lines_of(unbroken)[:4]
-
-
-def test_weights_in_the_middle_of_an_iteration_are_not_saved(files, tmp_path, unbroken, monkeypatch):
-    """The second of two updates fails: what the first one left belongs to no iteration."""
-    updates = []
-
-    def clip(*args):
-        updates.append(args)
-        return torch.tensor(math.nan if len(updates) == 2 * 4 else 1.0)
-
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
-    with pytest.raises(SystemExit, match="after iteration 3: the gradient's norm is nan"):
-        g.main(argv(files, tmp_path / "run", **LONG))
-    assert checkpoints_of(tmp_path / "run") == ["step_000002"]
-    assert same(state_of(tmp_path / "run", 2, "parameters"), state_of(unbroken, 2, "parameters"))
 
 
 def test_a_failed_evaluation_leaves_no_gap_in_the_metrics(files, tmp_path, unbroken, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setenv("FAULT", "raise")
-        patch.setenv("FAULT_AT", "6")  # the evaluation after iteration 4
+        patch.setenv("FAULT_AT", "10")  # the evaluation after iteration 4
         with pytest.raises(SystemExit, match="out of paint"):
             g.main(argv(files, tmp_path / "run", **LONG))
     g.main(argv(files, tmp_path / "run", **LONG, resume_from_checkpoint="latest"))
     assert [line["step"] for line in lines_of(tmp_path / "run")] == list(range(7))
     assert same(state_of(tmp_path / "run", 6), state_of(unbroken, 6))
-
-
-def test_old_checkpoints_are_deleted_beyond_the_limit(files, tmp_path):
-    flags = WINDOW | dict(max_train_steps=5, checkpointing_steps=1, checkpoints_total_limit=2)
-    g.main(argv(files, tmp_path / "run", **flags))
-    assert checkpoints_of(tmp_path / "run") == ["step_000004", "step_000005"]
 
 
 def test_a_checkpoint_is_whole_or_absent(build, monkeypatch):
@@ -994,21 +809,24 @@ def test_a_checkpoint_is_whole_or_absent(build, monkeypatch):
             save(run, 1)
     assert not list((run.folder / "checkpoints").glob("step_??????"))
     save(run, 1)  # what the first try left is not in the way
-    assert checkpoints_of(run.folder) == ["step_000001"]
+    assert checkpoints_of(run.folder) == [1]
 
 
 # ---- WHAT IS EVALUATED AND EXPORTED ------------------------------------------------------------------------------
+def policy_in(run, step):
+    return FluxTransformer2DModel.from_pretrained(run.folder / f"checkpoints/step_{step:06d}/transformer")
+
+
 def test_the_export_is_the_policy_that_was_trained(build):
     run = build(learning_rate=1e-2)
     before = flat(run.parameters)
     g.train_step(run, 0)
     save(run, 1)
-    loaded = FluxTransformer2DModel.from_pretrained(run.folder / "checkpoints/step_000001/transformer")
-    assert same([*loaded.state_dict().values()], [*run.models.policy.state_dict().values()])
-    assert not torch.equal(flat(loaded.parameters()), before)
+    assert same([*policy_in(run, 1).state_dict().values()], [*run.models.policy.state_dict().values()])
+    assert not torch.equal(flat(run.parameters), before)
 
 
-def test_the_export_and_the_evaluation_use_the_average_and_training_does_not(build, watch):
+def test_the_export_and_the_evaluation_use_the_average_and_training_does_not(build, watch, monkeypatch):
     """diffusers' average, by hand: the decay grows as (1 + n)/(10 + n) up to --ema_decay; one step an update."""
     run = build(ema_decay=0.3, learning_rate=1e-2, num_updates=2)
     log = watch(run)
@@ -1027,23 +845,17 @@ def test_the_export_and_the_evaluation_use_the_average_and_training_does_not(bui
     assert torch.equal(flat(run.parameters), log.weights[-1])
     kept = {f"parameters.{name}": p.detach() for name, p in run.trained.items()}
     assert same(state_of(run.folder, 3, "parameters"), kept)
-    loaded = FluxTransformer2DModel.from_pretrained(run.folder / "checkpoints/step_000003/transformer")
-    assert close(flat(loaded.parameters()), average, 1e-6)
+    assert close(flat(policy_in(run, 3).parameters()), average, 1e-6)
+    with monkeypatch.context() as patch:
+        patch.setattr(g, "decode", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            g.evaluate(run, 3)
+    assert torch.equal(flat(run.parameters), log.weights[-1]), "an evaluation that fails gives the weights back, too"
 
     run.ema = None
     assert g.evaluate(run, 3)["eval/red"] != pytest.approx(evaluated["eval/red"], abs=1e-6)
     torch.nn.utils.vector_to_parameters(average, run.parameters)
     assert g.evaluate(run, 3)["eval/red"] == pytest.approx(evaluated["eval/red"], abs=1e-4)
-
-
-def test_an_evaluation_that_fails_gives_the_weights_back(build, watch, monkeypatch):
-    run = build(ema_decay=0.9, learning_rate=1e-2)
-    g.train_step(run, 0), g.train_step(run, 1)
-    before = flat(run.parameters)
-    monkeypatch.setattr(g, "decode", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        g.evaluate(run, 2)
-    assert torch.equal(flat(run.parameters), before)
 
 
 def test_lora_loads_in_diffusers_and_is_the_policy_that_was_trained(build):
@@ -1115,23 +927,20 @@ def test_evaluation_is_by_the_ode_from_noise_of_its_own(build, watch, monkeypatc
 
 
 def test_three_processes_evaluate_what_one_does(build, monkeypatch):
-    """One after the other, with what each has to say to the others kept for a second round."""
-    run = build(train_batch_size=2)
-    run.eval_prompts = run.eval_prompts[:2]  # 6 rows; then 4, which do not come out even
-    for samples in (3, 2):
-        run.args.eval_samples, everyone, said = samples, harness.everyone, {}
-        alone = g.evaluate(run, 0)
-        with monkeypatch.context() as patch:
-            small.patch(patch, "WORLD", 3)
-            for rank in range(3):
-                small.patch(patch, "RANK", rank)
-                said[rank] = []
-                small.patch(patch, "everyone", lambda v, device: said[rank].append(v) or v.double().expand(3, -1))
-                g.evaluate(run, 0)
-            turns = iter(zip(*said.values()))
-            small.patch(patch, "everyone", lambda values, device: torch.stack(next(turns)).double())
-            assert g.evaluate(run, 0) == pytest.approx(alone, abs=1e-5)
-        assert harness.everyone is everyone
+    """One after the other, with what each has to say to the others kept for a second round. The rows do not come out
+    even on three."""
+    run = build(train_batch_size=2, eval_samples=2)
+    run.eval_prompts = run.eval_prompts[:2]
+    alone, said = g.evaluate(run, 0), {}
+    small.patch(monkeypatch, "WORLD", 3)
+    for rank in range(3):
+        small.patch(monkeypatch, "RANK", rank)
+        said[rank] = []
+        small.patch(monkeypatch, "everyone", lambda v, device: said[rank].append(v) or v.double().expand(3, -1))
+        g.evaluate(run, 0)
+    turns = iter(zip(*said.values()))
+    small.patch(monkeypatch, "everyone", lambda values, device: torch.stack(next(turns)).double())
+    assert g.evaluate(run, 0) == pytest.approx(alone, abs=1e-5)
 
 
 def test_in_bf16_what_is_frozen_is_in_bf16_and_what_is_trained_in_fp32(build):
@@ -1147,8 +956,9 @@ def test_in_bf16_what_is_frozen_is_in_bf16_and_what_is_trained_in_fp32(build):
 def test_ten_iterations_move_held_out_ode_samples_the_way_the_reward_asks(reward, build):
     """One reward is the other's negative: the same machinery must push the same figure both ways."""
     run = build(
-        reward=reward, eval_reward=("cyan" if reward == "red" else "red"), eval_samples=2, eta=1, sde_window=2,
-        sde_window_range=(0, 1), num_generations=8, train_batch_size=16, max_grad_norm=1, adam_weight_decay=0,
+        pretrained_model_name_or_path=TINY / "flux", reward=reward, eval_reward=("cyan" if reward == "red" else "red"),
+        eval_samples=2, eta=1, sde_window=2, sde_window_range=(0, 1), num_generations=8, train_batch_size=16,
+        max_grad_norm=1, adam_weight_decay=0,
     )  # fmt: skip
     before = g.evaluate(run, 0)
     for step in range(10):

@@ -1,5 +1,6 @@
-"""Several processes: torchrun with two of them over gloo, on the tiny models, against one with the same batch."""
+"""Several processes: torchrun with two of them over gloo, against one with the same batch."""
 
+import importlib
 import json
 import os
 import signal
@@ -14,95 +15,116 @@ import torch.distributed.checkpoint as dcp
 from diffusers import AutoModel
 from safetensors.torch import load_file
 
+import small
+from small import TIMES
+
 ROOT = Path(__file__).resolve().parents[1]
-FEW = """--prompts_per_step 4 --num_generations 4 --train_batch_size 4 --num_inference_steps 4 --sde_window 2
-    --sde_window_range 0 1 --validation_steps 100 --checkpointing_steps 1 --eval_samples 1 --max_train_steps 2
-    --eval_prompts heldout.txt""".split()
-TIMES = {"time_s", "samples_per_s"}
-# Three do not come out even on two processes.
-HELD_OUT = "a red circle moving right on white\na blue ring moving up on black\na cyan square moving left on grey\n"
-REWARDS = """
-import os, pathlib, signal
-
-def red(media, prompts):
-    frames = media.view(len(prompts), -1, 3, *media.shape[-2:])
-    return frames[:, :, 0].mean((1, 2, 3)) - frames[:, :, 1:].mean((1, 2, 3, 4))
-
-calls = []
-
-def deadly(images, prompts):
-    calls.append(0)
-    if os.environ["RANK"] == "1" and len(calls) > 4 and not pathlib.Path("lived").exists():
-        os.kill(os.getpid(), signal.SIGKILL)
-    return red(images, prompts)
-"""
-# What one process of several asks of its generators, and for whom, in iterations 0 and 1.
-SPY = """
-import json, os, sys
+# Three held-out prompts do not come out even on two processes.
+FEW = dict(
+    prompts_per_step=4, train_batch_size=4, sde_window=2, sde_window_range=(0, 1), timestep_fraction=0.5,
+    checkpointing_steps=1, checkpoints_total_limit=1000, max_train_steps=3, max_grad_norm=1, learning_rate=1e-4,
+)  # fmt: skip
+SD = FEW | dict(pretrained_model_name_or_path=small.TINY / "sd14", shift=None, decode_x0=False, max_train_steps=1)
+LORA = FEW | dict(
+    rank=4, lora_alpha=8, learning_rate=1e-3, ema_decay=0.5, best_of_n=2, num_updates=2, train_batch_size=2,
+    max_train_steps=2,
+)  # fmt: skip
+AVERAGE = FEW | dict(ema_decay=0.5, validation_steps=1, max_train_steps=4)
+# name of a run: script, flags. All are made by two processes, one run after the other.
+RUNS = {
+    "flux": ("grpo_flux", FEW),
+    "sd14": ("grpo_sd14", SD),
+    "skyreel": ("grpo_skyreel_i2v", FEW | dict(max_train_steps=1)),
+    "lora": ("grpo_flux", LORA),
+    "bf16": ("grpo_flux", LORA | dict(mixed_precision="bf16", gradient_checkpointing=True)),
+    "average": ("grpo_flux", AVERAGE | dict(max_train_steps=3, resume_from_checkpoint="latest")),  # begun by one
+    "killed": ("grpo_flux", FEW),
+}
+ALONE = ["flux", "sd14", "skyreel", "lora"]  # made by one process, too
+# What each of several processes asks of its generators, and for whom, is written beside the run.
+DRIVER = """
+import importlib, json, os, sys
 sys.path.insert(0, sys.argv[1])
-import grpo_flux as g
 import harness
 keys, prompts, seeded, conditions = [], [], harness.seeded, harness.conditions
-harness.as_in_training = lambda run: g.torch.enable_grad()  # as on a GPU
-g.seeded = lambda *key: keys.append(key) or seeded(*key)
 harness.conditions = lambda run, words: prompts.append(words) or conditions(run, words)
-run = g.make_run(g.parse_args(sys.argv[2:]))
-ratios = [g.train_step(run, step)["ratio_max_dev"] for step in range(2)]
-with open(f"spied.{harness.RANK}", "w") as file:
-    json.dump({"keys": keys, "prompts": prompts, "ratios": ratios}, file)
-harness.wait(run.device)
-os._exit(0)
+harness.finish = lambda run: harness.wait(run.device)  # this process goes on
+for name, script, words in json.load(open("runs.json")):
+    g = importlib.import_module(script)
+    harness.as_in_training = lambda run: g.torch.enable_grad()  # as on a GPU
+    g.seeded = lambda *key: keys.append(key) or seeded(*key)
+    if name == "killed":
+        print("all runs but the last are done", flush=True)
+        os.environ |= {"FAULT": "9", "FAULT_RANK": "1", "FAULT_AT": "5"}  # in the second iteration
+    keys.clear(), prompts.clear()
+    g.main(words)
+    with open(f"{name}.{harness.RANK}.json", "w") as file:
+        json.dump({"keys": keys, "prompts": prompts}, file)
 """
 
 
-@pytest.fixture
-def start(tmp_path):
-    """start(processes, script, words) -> the process of torchrun, or of python for one, in a folder of its own."""
-    (tmp_path / "rewards.py").write_text(REWARDS)
-    (tmp_path / "spy.py").write_text(SPY)
-    (tmp_path / "heldout.txt").write_text(HELD_OUT)
+def words_of(files, folder, script, flags):
+    return [str(word) for word in small.argv(files, folder, **small.one_block(files, script) | flags)]
+
+
+def torchrun(folder, script, *words):
+    """The process of torchrun with two processes of a script."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONFAULTHANDLER": "1"}
-    running = []
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), *words]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
 
-    def launch(processes, script, *words):
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [*(torchrun if processes > 1 else [sys.executable]), str(script), *map(str, words)]
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        running.append(subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True, **pipes))
-        return running[-1]
 
-    yield launch
-    for process in running:
+def end(process, timeout):
+    """Its output. Nothing of it is left, whatever happens."""
+    try:
+        return process.communicate(timeout=timeout)[0]
+    finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-@pytest.fixture
-def train(start, tmp_path):
-    """train(processes, folder, words) -> its metrics, of a run that has to end well."""
+@pytest.fixture(scope="module")
+def runs(files, tmp_path_factory):
+    """A folder with those RUNS by two processes in two/, the last one killed, and those of one process in one/."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
 
-    def run(processes, folder, *words, script="grpo_flux.py", reward="rewards.py:red"):
-        process = start(
-            processes, ROOT / script, *FEW, "--reward", reward, "--eval_reward", reward, "--output_dir", folder, *words
-        )
-        output = process.communicate(timeout=300)[0]
-        assert process.returncode == 0, output
-        return [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
+        def alone(path, script, flags):
+            importlib.import_module(script).main(words_of(files, folder / path, script, flags))
 
-    return run
+        for name in ALONE:
+            alone(f"one/{name}", *RUNS[name])
+        alone("one/average", "grpo_flux", AVERAGE)
+        alone("two/average", "grpo_flux", AVERAGE | dict(max_train_steps=1))
+        listed = [[name, script, words_of(files, folder / "two" / name, script, flags)]
+                  for name, (script, flags) in RUNS.items()]  # fmt: skip
+        (folder / "runs.json").write_text(json.dumps(listed))
+        (folder / "driver.py").write_text(DRIVER)
+        process = torchrun(folder, "driver.py", str(ROOT))
+        (folder / "output").write_text(end(process, 400))
+        assert "all runs but the last are done" in (folder / "output").read_text(), (folder / "output").read_text()
+        alone("two/average", "grpo_flux", AVERAGE | dict(resume_from_checkpoint="latest"))
+    return folder
+
+
+def lines_of(folder):
+    """metrics.jsonl without what a clock says."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
 def exported(folder, step):
     """What a checkpoint holds for diffusers."""
-    (file,) = {*folder.glob(f"checkpoints/step_{step:06d}/**/*.safetensors")} - {
-        *folder.glob(f"checkpoints/step_{step:06d}/training_state/*")
-    }
+    checkpoint = folder / f"checkpoints/step_{step:06d}"
+    (file,) = {*checkpoint.glob("**/*.safetensors")} - {*checkpoint.glob("training_state/*")}
     weights = load_file(file)
     return torch.cat([weights[k].flatten().double() for k in sorted(weights)])
 
 
-def state_of(folder, step, kind):
+def state_of(folder, step, kind=""):
     """The tensors of a kind in a checkpoint's training state, put together from the shards of all processes."""
     reader = dcp.HuggingFaceStorageReader(str(folder / f"checkpoints/step_{step:06d}/training_state"))
     sizes = {k: v.size for k, v in reader.read_metadata().state_dict_metadata.items() if k.endswith(kind)}
@@ -111,105 +133,79 @@ def state_of(folder, step, kind):
     return torch.cat([v.flatten().double() for v in state.values()])
 
 
-@pytest.mark.parametrize("script", ["grpo_flux.py", "grpo_sd14.py", "grpo_skyreel_i2v.py"])
-def test_two_processes_make_the_update_of_one(script, train, tmp_path):
+@pytest.mark.parametrize("name", ["flux", "sd14", "skyreel"])
+def test_two_processes_make_the_update_of_one(name, runs):
     """The same rows in the same micro-batches; only the sum over the processes is made in another order, which is
     rounding. exp_avg after one step is a tenth of the gradient; 1e-4 of its length is a thousand times fp32's rounding.
     The first step of AdamW is the learning rate times the gradient's sign: where the gradient is nothing but rounding,
     the sign may be either, hence 1 of 100 weights. The second iteration starts from those weights, hence 1 of 20 of its
     gradient."""
-    steps = 2 if "flux" in script else 1
-    one, two = (train(n, f"{n}", "--max_train_steps", steps, script=script) for n in (1, 2))
-    rate = json.loads((tmp_path / "1/args.json").read_text())["args"]["learning_rate"]
-    for step, tolerance in ((1, 1e-4), (2, 5e-2))[:steps]:
-        first, second = (state_of(tmp_path / f"{n}", step, "exp_avg") for n in (1, 2))
+    one, two = runs / "one" / name, runs / "two" / name
+    for step, tolerance in ((1, 1e-4), (2, 5e-2)) if name == "flux" else ((1, 1e-4),):
+        first, second = (state_of(folder, step, "exp_avg") for folder in (one, two))
         assert first.norm() > 0 and (second - first).norm() < tolerance * first.norm()
-    first, second = (exported(tmp_path / f"{n}", 1) for n in (1, 2))
-    assert ((second - first).abs() > 0.01 * rate).double().mean() < 0.01
-    part = "unet" if "sd14" in script else "transformer"
-    loaded = AutoModel.from_pretrained(f"{tmp_path}/2/checkpoints/step_000001/{part}").state_dict()
+    first, second = (exported(folder, 1) for folder in (one, two))
+    assert ((second - first).abs() > 0.01 * FEW["learning_rate"]).double().mean() < 0.01
+    part = "unet" if name == "sd14" else "transformer"
+    loaded = AutoModel.from_pretrained(f"{two}/checkpoints/step_000001/{part}").state_dict()
     assert torch.equal(torch.cat([loaded[k].flatten().double() for k in sorted(loaded)]), second)
-    for a, b in zip(one, two, strict=True):
+    for a, b in zip(lines_of(one)[:3], lines_of(two)[:3], strict=True):
         assert a.keys() == b.keys()
         assert a.get("ratio_max_dev", 0.0) == b.get("ratio_max_dev", 0.0) == 0.0
-        for key in a.keys() - {"samples_per_s", "time_s", "loss", "approx_kl"}:
+        for key in a.keys() - {"loss", "approx_kl"}:
             exact = a["step"] == 0 or a["step"] == 1 and not key.startswith("eval")  # before the first update
             assert a[key] == pytest.approx(b[key], rel=1e-4 if exact else 0.1, abs=1e-6), key
 
 
-def test_two_processes_train_the_lora_of_one(train, tmp_path):
+def test_two_processes_train_the_lora_of_one(runs):
     """Also the transitions are the same, for each micro-batch lies within a group."""
-    words = "--rank 4 --lora_alpha 8 --learning_rate 1e-3 --ema_decay 0.5 --best_of_n 2 --num_updates 2".split()
-    words += "--timestep_fraction 0.5 --train_batch_size 2".split()
-    one, two = train(1, "one", *words), train(2, "two", *words)
-    first, second = (exported(tmp_path / name, 2) for name in ("one", "two"))
+    first, second = (exported(runs / folder / "lora", 2) for folder in ("one", "two"))
     assert first.norm() > 0 and (second - first).norm() < 1e-2 * first.norm()
-    for a, b in zip(one[1:], two[1:], strict=True):
+    for a, b in zip(lines_of(runs / "one/lora")[1:], lines_of(runs / "two/lora")[1:], strict=True):
         assert a["ratio_max_dev"] == b["ratio_max_dev"] == 0.0
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    "words", ["", "--mixed_precision bf16 --gradient_checkpointing --rank 4 --lora_alpha 8"], ids=["fp32", "bf16 LoRA"]
-)
-def test_processes_share_neither_prompts_nor_noise(words, start, tmp_path):
-    words = [*FEW, "--reward", "rewards.py:red", "--output_dir", "run", *words.split()]
-    process = start(2, tmp_path / "spy.py", ROOT, *words)
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, output
-    spied = [json.loads((tmp_path / f"spied.{rank}").read_text()) for rank in (0, 1)]
-    assert all(s["ratios"] == [0.0, 0.0] for s in spied)
-    drawn = [{tuple(key) for key in s["keys"] if key[1] in ("noise", "init", "transitions")} for s in spied]
+def test_processes_share_neither_prompts_nor_noise_and_the_ratio_is_1_in_bf16(runs):
+    assert [line.get("ratio_max_dev") for line in lines_of(runs / "two/bf16")] == [None, 0.0, 0.0]
+    spied = [json.loads((runs / f"flux.{rank}.json").read_text()) for rank in (0, 1)]
+    drawn = [{tuple(key) for key in s["keys"] if {*key} & {"noise", "init", "transitions"}} for s in spied]
     assert not drawn[0] & drawn[1]
     assert {key for key in drawn[0] | drawn[1] if key[1] == "noise"} == {
-        (0, "noise", step, row) for step in range(2) for row in range(16)
+        (0, "noise", step, row) for step in range(3) for row in range(16)
     }
-    for step in range(2):
+    for step in (1, 2, 3):  # 0 is the evaluation
         mine, others = (s["prompts"][step] for s in spied)
         assert len(set(mine)) == len(set(others)) == 2 and not set(mine) & set(others)
 
 
-def test_a_killed_process_ends_the_job_and_the_run_resumes_bit_for_bit(start, train, tmp_path):
-    words = [*FEW, "--reward", "rewards.py:deadly", "--eval_reward", "rewards.py:deadly", "--max_train_steps", "3"]
-    process = start(2, ROOT / "grpo_flux.py", *words, "--output_dir", "run")
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode != 0 and "Signal 9 (SIGKILL)" in output and "local_rank: 1" in output
-    kept = max((tmp_path / "run/checkpoints").glob("step_??????"))
-    assert kept.name == "step_000001"
-    (tmp_path / "lived").touch()
-    words = ["--max_train_steps", "3"]
-    resumed = train(2, "run", *words, "--resume_from_checkpoint", "latest", reward="rewards.py:deadly")
-    unbroken = train(2, "unbroken", *words, reward="rewards.py:deadly")
-    assert torch.equal(exported(tmp_path / "run", 3), exported(tmp_path / "unbroken", 3))
-    assert torch.equal(state_of(tmp_path / "run", 3, ""), state_of(tmp_path / "unbroken", 3, ""))
-    for a, b in zip(resumed, unbroken, strict=True):
-        assert {k: v for k, v in a.items() if k not in TIMES} == {k: v for k, v in b.items() if k not in TIMES}
-
-
-def test_a_run_goes_on_with_another_number_of_processes(train, tmp_path):
+def test_a_run_goes_on_with_another_number_of_processes(runs):
     """With an average, whose weights an evaluation in each iteration puts into the policy and takes out again."""
-    words = ["--ema_decay", "0.5", "--validation_steps", "1", "--max_train_steps"]
-    train(1, "run", *words, "1")
-    train(2, "run", *words, "3", "--resume_from_checkpoint", "latest")
-    changed = train(1, "run", *words, "4", "--resume_from_checkpoint", "latest")
-    one = train(1, "one", *words, "4")
-    before, first, second = (exported(tmp_path / run, step) for run, step in (("run", 3), ("run", 4), ("one", 4)))
+    before, first = (exported(runs / "two/average", step) for step in (3, 4))
+    second = exported(runs / "one/average", 4)
     assert (first - before).norm() > 0 and (first - second).norm() < 5e-2 * (first - before).norm()
-    for a, b in zip(changed, one, strict=True):
+    for a, b in zip(lines_of(runs / "two/average"), lines_of(runs / "one/average"), strict=True):
         assert a["eval/red"] == pytest.approx(b["eval/red"], abs=1e-3) and a.get("ratio_max_dev", 0.0) == 0.0
 
 
-def test_one_signal_stops_all_processes_after_the_same_iteration(start, tmp_path):
-    words = [*FEW, "--reward", "rewards.py:red", "--max_train_steps", "500", "--checkpointing_steps", "500"]
-    process = start(2, ROOT / "grpo_flux.py", *words, "--output_dir", "run")
+def test_a_killed_process_ends_the_job_and_the_run_resumes_bit_for_bit_until_a_signal_stops_it(runs, files):
+    """One of two processes was killed. torchrun goes on; its SIGTERM stops both after the same iteration."""
+    output = (runs / "output").read_text()
+    assert "Signal 9 (SIGKILL)" in output and "local_rank: 1" in output
+    killed, unbroken = runs / "two/killed", runs / "two/flux"
+    assert max((killed / "checkpoints").glob("step_??????")).name == "step_000001"
+    flags = FEW | dict(max_train_steps=500, resume_from_checkpoint="latest")
+    process = torchrun(runs, ROOT / "grpo_flux.py", *words_of(files, killed, "grpo_flux", flags))
     started = time.time()
-    metrics = tmp_path / "run/metrics.jsonl"
-    while process.poll() is None and time.time() < started + 200 and not (metrics.exists() and metrics.stat().st_size):
+    while process.poll() is None and time.time() < started + 200 and len(lines_of(killed)) < 5:
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=120)[0]
+    output = end(process, 120)
     assert "stopped after iteration" in output, output
-    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
-    (kept,) = (tmp_path / "run/checkpoints").iterdir()
-    assert kept.name == f"step_{json.loads(lines[-1])['step']:06d}"
+    assert torch.equal(exported(killed, 3), exported(unbroken, 3))
+    assert torch.equal(state_of(killed, 3), state_of(unbroken, 3))
+    lines = lines_of(killed)
+    assert lines[:3] == lines_of(unbroken)[:3] and lines[3].items() <= lines_of(unbroken)[3].items()
+    kept = max((killed / "checkpoints").iterdir())
+    assert kept.name == f"step_{lines[-1]['step']:06d}"
     assert len({file.name[:11] for file in kept.glob("training_state/*.safetensors")}) == 2
