@@ -306,7 +306,7 @@ def test_a_continuation_may_differ_in_nothing_but_its_length_and_its_reports(fol
         if name in free:
             g.parse_args(words)
         else:
-            assert refused(capsys, words.copy()).split("error: ")[1].startswith(f"--{name} ")
+            assert refused(capsys, words).split("error: ")[1].startswith(f"--{name} ")
     (folder / "run/args.json").write_text(written)
 
 
