@@ -65,9 +65,11 @@ def flags(capsys):
     return {flag for entry in entries for flag in re.findall(r"--[\w-]+", entry)}
 
 
-@pytest.fixture
-def reader(tmp_path, monkeypatch):
-    """The reader's folder: the models, and what the README lets the reader bring or leave there."""
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    """The reader's folder: the models, and what the README lets the reader bring or leave there. It is the working
+    directory of this module's tests."""
+    tmp_path = tmp_path_factory.mktemp("reader")
     (tmp_path / "tiny").symlink_to(ROOT / "tiny")
     for file in ("prompts", "train", "heldout", "video_prompts", "consist-id"):
         (tmp_path / f"{file}.txt").write_text("a red circle on white\n")
@@ -82,8 +84,9 @@ def reader(tmp_path, monkeypatch):
     transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     layers = {"transformer_lora_layers": get_peft_model_state_dict(transformer)}
     FluxPipeline.save_lora_weights(tmp_path / "outputs/LORA/checkpoints/step_000060", **layers)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        yield tmp_path
 
 
 # ---- LINKS AND COUNTS --------------------------------------------------------------------------------------------
@@ -131,13 +134,15 @@ def test_old_flags_are_mapped_to_ours(capsys):
 
 
 def test_snippets_run_as_they_stand(reader):
-    """But for the real FLUX, of which the tiny one takes the place, on a CPU, with fewer pixels."""
+    """But for the real FLUX, of which the tiny one takes the place, on a CPU, with fewer pixels and 2 steps."""
     assert snippets()
+    changes = [("black-forest-labs/FLUX.1-dev", "tiny/flux"), ('.to("cuda")', ""), ("=720", "=64")]
     for code in snippets():
-        names = {}
-        for real, tiny in (("black-forest-labs/FLUX.1-dev", "tiny/flux"), ('.to("cuda")', ""), ("=720", "=64")):
+        for real, tiny in (*changes, ("num_inference_steps=12", "num_inference_steps=2")):
             code = code.replace(real, tiny)
-        exec(compile(code, "README.md", "exec"), names)
+        if "num_inference_steps" not in code:
+            code = code.replace("height=64", "num_inference_steps=2, height=64")
+        exec(compile(code, "README.md", "exec"), {})
         pictures = re.findall(r'\.save\("(.+?)"\)', code)
         assert all((reader / picture).stat().st_size for picture in pictures)
 
