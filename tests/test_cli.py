@@ -29,13 +29,13 @@ VERSION, DOWNLOAD, CUDA = "importlib.metadata.version", "huggingface_hub.hf_hub_
 ANSWER = SimpleNamespace(headers={}, request=None)  # of the Hub, without its words
 
 
-def refused(capsys, command):
-    """What is said of this command, which may begin with the name of a script: one line, with status 2."""
+def refused(capsys, command, main=None):
+    """What main says of this command, which may begin with the name of a script: one line, with status 2."""
     words = command if isinstance(command, list) else command.split()
-    script = "grpo_flux" if words[0].startswith("-") else words.pop(0)
+    script = "grpo_flux" if words[0].startswith("-") or main else words.pop(0)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        importlib.import_module(script).main(words)
+        (main or importlib.import_module(script).main)(words)
     said = capsys.readouterr()
     assert stop.value.code == 2 and said.out == "" and said.err.count("\n") == 1 and said.err.endswith("\n"), said
     return said.err
