@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -43,33 +44,19 @@ def refused(capsys, command, main=None):
 
 # ---- BAD INPUT ---------------------------------------------------------------------------------------------------
 FILES = {
-    "empty.txt": b"\n\r\n \n",
-    "latin.txt": "ein grüner Kreis".encode("latin-1"),
-    "big.txt": b"a red circle\n" * 3_000_000,
-    "keyless.jsonl": b'{"text": "a red circle on white"}\n',
-    "broken.jsonl": b"{\n",
-    "number.jsonl": b'{"prompt": 3}\n',
-    "null.jsonl": b'{"prompt": null}\n',
-    "blank.jsonl": b'{"prompt": " "}\n',
-    "surrogate.jsonl": b'{"prompt": "a red \\ud800 circle"}\n',
-    "list.jsonl": b"[1, 2]\n",
-    "text.jsonl": b'"a red circle"\n',
-    "deep.jsonl": b"[" * 100_000,
-    "train.json": b'[\n  {"prompt": "a cat"}\n]\n',
-    "train.csv": b"prompt\na cat\n",
+    "empty.txt": b"\n\r\n \n", "latin.txt": "ein grüner Kreis".encode("latin-1"), "big.txt": b"a circle\n" * 4_000_000,
+    "keyless.jsonl": b'{"text": "a red circle on white"}\n', "number.jsonl": b'{"prompt": 3}\n',
+    "null.jsonl": b'{"prompt": null}\n', "blank.jsonl": b'{"prompt": " "}\n', "broken.jsonl": b"{\n",
+    "surrogate.jsonl": b'{"prompt": "a red \\ud800 circle"}\n', "list.jsonl": b"[1, 2]\n",
+    "text.jsonl": b'"a red circle"\n', "deep.jsonl": b"[" * 100_000,
+    "train.json": b'[\n  {"prompt": "a cat"}\n]\n', "train.csv": b"prompt\na cat\n",
     "mine.py": b"raise SystemError('executed')\n\n\ndef mine(images, prompts):\n    pass\n",
-    "broken.py": b"def mine(\n",
+    "broken.py": b"def mine(\n", "torn/args.json": b"",
     "other_model/model_index.json": b'{"_class_name": "StableDiffusionPipeline"}',
-    "torn/args.json": b"",
-    "truncated/a.txt": b"a red circle",
-    "no_image/a.txt": b"a red circle",
-    "no_image/a.png": b"no image",
-    "no_caption/a.txt": b"\n",
-    "two_lines/a.txt": b"a\nb",
-    "cp1252/a.txt": "ein grüner Kreis".encode("cp1252"),
-    "same_caption/a.txt": b"a red circle",
-    "same_caption/b.txt": b"a red circle",
-}
+    "no_image/a.png": b"no image", "no_image/a.txt": b"a cat", "truncated/a.txt": b"a cat", "no_caption/a.txt": b"\n",
+    "two_lines/a.txt": b"a\nb", "cp1252/a.txt": "ein grüner Kreis".encode("cp1252"),
+    "same_caption/a.txt": b"a cat", "same_caption/b.txt": b"a cat",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +73,8 @@ def files(tmp_path_factory):
     os.mkfifo(files / "pipe.txt")
     (files / "device.txt").symlink_to("/dev/zero")
     (files / "folder.txt").mkdir()
-    scheduler = json.loads((TINY / "sd14/scheduler/scheduler_config.json").read_text())
-    (files / "sd").mkdir()
-    for file in (TINY / "sd14").iterdir():
-        (files / "sd" / file.name).symlink_to(file)
-    (files / "sd/scheduler").unlink()
-    (files / "sd/scheduler").mkdir()
+    shutil.copytree(TINY / "sd14", files / "sd")
+    scheduler = json.loads((files / "sd/scheduler/scheduler_config.json").read_text())
     scheduler |= dict(rescale_betas_zero_snr=True, timestep_spacing="trailing")
     (files / "sd/scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
     for name in ("run/checkpoints/step_000002", "copied/step_000002", "torn/checkpoints/step_000002"):
@@ -310,20 +293,20 @@ def test_a_continuation_may_differ_in_nothing_but_its_length_and_its_reports(fol
     (folder / "run/args.json").write_text(written)
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "--num_generations 2 --prompts_per_step 1 --num_updates 1",
-        "--num_generations 4 --best_of_n 4 --num_updates 1",
-        "--timestep_fraction 1 --ema_decay 0.999 --rank 1 --lora_alpha 1 --height 16 --width 32 --reward_weights -1",
-        "--num_inference_steps 6 --sde_window 5 --sde_window_range 0 0",
-        "--num_inference_steps 6 --sde_window 2 --sde_window_range 3 3",
-        "--num_inference_steps 2 --sde_window 0 --sde_window_range 0 0",
-        "--num_inference_steps 4 --sde_window 0",  # with the preset's range, which nobody asked for
-        "--guidance_scale 0 --adam_weight_decay 0 --ratio_tolerance 0 --clip_range 1e-4",
-        "--reward FILES/mine.py:mine",  # which is not executed by the check
-    ],
-)
+JUST_WORKS = [
+    "--num_generations 2 --prompts_per_step 1 --num_updates 1",
+    "--num_generations 4 --best_of_n 4 --num_updates 1",
+    "--timestep_fraction 1 --ema_decay 0.999 --rank 1 --lora_alpha 1 --height 16 --width 32 --reward_weights -1",
+    "--num_inference_steps 6 --sde_window 5 --sde_window_range 0 0",
+    "--num_inference_steps 6 --sde_window 2 --sde_window_range 3 3",
+    "--num_inference_steps 2 --sde_window 0 --sde_window_range 0 0",
+    "--num_inference_steps 4 --sde_window 0",  # with the preset's range, which nobody asked for
+    "--guidance_scale 0 --adam_weight_decay 0 --ratio_tolerance 0 --clip_range 1e-4",
+    "--reward FILES/mine.py:mine",  # which is not executed by the check
+]
+
+
+@pytest.mark.parametrize("words", JUST_WORKS)
 def test_what_just_works_is_not_refused(words, folder, monkeypatch):
     monkeypatch.setattr(metadata, "version", versions())  # newer libraries
     g.parse_args(words.replace("FILES", str(folder)).split())
@@ -343,18 +326,18 @@ def test_a_tilde_is_the_home_folder(monkeypatch):
 PROMPTS = ["a red circle", "ein grüner\u2028Kreis"]  # this separator ends no line
 
 
-@pytest.mark.parametrize(
-    "name, data",
-    [
-        ("unix.txt", "\n".join(PROMPTS).encode() + b"\n\n"),
-        ("mac.txt", "\r".join(PROMPTS).encode() + b"\r"),
-        ("windows.TXT", "\r\n".join(PROMPTS).encode("utf-8-sig")),
-        ("utf16.txt", "\n".join(PROMPTS).encode("utf-16")),
-        ("a.jsonl", "".join(f'{{"prompt": "{p}"}}\n' for p in PROMPTS).encode()),
-    ],
-)
-def test_prompts_of_any_system_are_read_alike(name, data, tmp_path):
-    (tmp_path / name).write_bytes(data)
+KINDS = {
+    "unix.txt": "\n".join(PROMPTS).encode() + b"\n\n",
+    "mac.txt": "\r".join(PROMPTS).encode() + b"\r",
+    "windows.TXT": "\r\n".join(PROMPTS).encode("utf-8-sig"),
+    "utf16.txt": "\n".join(PROMPTS).encode("utf-16"),
+    "a.jsonl": "".join(f'{{"prompt": "{p}"}}\n' for p in PROMPTS).encode(),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_prompts_of_any_system_are_read_alike(name, tmp_path):
+    (tmp_path / name).write_bytes(KINDS[name])
     assert harness.read_prompts("--prompts", f"{tmp_path}/{name}") == PROMPTS
 
 

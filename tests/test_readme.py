@@ -17,7 +17,8 @@ from small import REWARDS, WINDOW, argv, scripts
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ["README.md", "RESULTS.md", "docs/real_weights.md", "docs/faq.md", "docs/paper_map.md"]
-FLAGS_OF_OTHERS = {"--reward_rate", "--shutdown-timeout", "--gradient_accumulation_steps"}  # of bench.py, of torchrun, of the authors
+# of bench.py, of torchrun, of the authors
+FLAGS_OF_OTHERS = {"--reward_rate", "--shutdown-timeout", "--gradient_accumulation_steps"}
 PAGES = ["README.md", "RESULTS.md", "docs/real_weights.md"]  # they hold commands
 SCRIPTS = scripts(ROOT)
 

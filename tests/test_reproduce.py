@@ -162,7 +162,7 @@ def test_another_method_or_model_is_another_run(few, monkeypatch):
 
 def test_a_run_that_fails_stops_the_experiment_with_its_error(monkeypatch, tmp_path):
     monkeypatch.setattr(reproduce, "RUNS", tmp_path)
-    with pytest.raises(SystemExit, match="must be float, from 0.001"):
+    with pytest.raises(SystemExit, match="must be float, from 0.001"):  # of the script: in a process, as every run is
         reproduce.run("grpo_flux.py --max_train_steps 1 --eta 0", 0)
 
 

@@ -101,14 +101,9 @@ def of_the_process():
 def test_what_the_import_of_a_reward_changes_is_put_back(code, folder):
     (folder / "own.py").write_text(f"import torch\n{code}\n\n\ndef one(images, prompts):\n    return [1.0] * 2\n")
     before = of_the_process()
-    try:
-        assert rewards.run_file("own.py").one(None, None) == [1.0, 1.0]
-        assert before == of_the_process()
-        assert torch.as_tensor(torch.empty(2, device="meta")).device.type == "meta", "no mode of torch's is left"
-    finally:  # else the tests after this one would fail, too
-        torch.set_grad_enabled(True)
-        torch.set_default_dtype(torch.float32)
-        torch.set_default_device(None)
+    assert rewards.run_file("own.py").one(None, None) == [1.0, 1.0]
+    assert before == of_the_process()
+    assert torch.as_tensor(torch.empty(2, device="meta")).device.type == "meta", "no mode of torch's is left"
 
 
 def test_a_very_flat_image_can_be_scored():
