@@ -16,10 +16,7 @@ PLACES = {
     "load": "    encoders = [pipe.text_encoder, pipe.text_encoder_2]",
     "encode": '    return {"encoder_hidden_states": tokens, "pooled_projections": pooled}',
     "plan": "    first, last = args.sde_window_range",
-    "predict": "    ones = latents.new_ones(len(latents))",
     "decode": "    config = models.vae.config",
-    "loss": "    ratio = torch.exp(log_prob - old_log_prob)",
-    "evaluate": "    shown, scores = {}, []",
     "save": "            harness.record(run, metrics)",
 }
 
@@ -29,7 +26,7 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-def copy_of_flux(folder, line=None, typo="args.lerning_rate"):
+def copy_of_flux(folder, line=None, typo="undefined_name"):
     """The module of a copy of grpo_flux.py with a typo before a line; and the number of the line with the typo."""
     lines = (harness.HERE / "grpo_flux.py").read_text().splitlines()
     number = 0
@@ -52,7 +49,7 @@ def words(folder, rewards=REWARDS, **changes):
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_typo_in_a_copy_of_a_script_shows_its_own_line(place, tmp_path):
-    module, number = copy_of_flux(tmp_path, PLACES[place], "undefined_name")
+    module, number = copy_of_flux(tmp_path, PLACES[place])
     with pytest.raises(NameError, match="undefined_name") as error:
         module.main(words(tmp_path))
     assert (str(tmp_path / "my_flux.py"), number) in [(f.filename, f.lineno) for f in traceback.extract_tb(error.tb)]
@@ -74,21 +71,24 @@ def test_a_typo_in_a_reward_shows_its_own_line_when_it_is_imported(tmp_path):
     assert last.filename == str(tmp_path / "rewards.py") and last.line == "undefined_name"
 
 
-def test_a_typo_in_a_reward_shows_its_own_line_when_it_is_called(tmp_path, capsys):
+def test_an_error_of_a_reward_is_a_line_below_the_lines_of_the_reward(tmp_path, capsys):
+    code = "\n\ndef wrong(images, prompts):\n    return inner(images)\n"
+    code += "\n\ndef inner(images):\n    return images.maen()\n"
     module, _ = copy_of_flux(tmp_path)
-    code = "\n\ndef wrong(images, prompts):\n    return images.maen()\n"
-    with pytest.raises(SystemExit, match="reward 'wrong' failed: 'Tensor' object has no attribute 'maen'"):
+    with pytest.raises(SystemExit) as stop:  # a text, so the status is 1
         module.main(words(tmp_path, rewards=REWARDS + code, reward="wrong"))
-    said = capsys.readouterr().err
-    assert f'{tmp_path / "rewards.py"}", line {(REWARDS + code).count(chr(10))}' in said and "images.maen()" in said
+    reason = "after iteration 0: reward 'wrong' failed: 'Tensor' object has no attribute 'maen'. Last checkpoint: none"
+    assert stop.value.code.endswith(f"error: {reason}")
+    said, lines = capsys.readouterr().err, (REWARDS + code).splitlines()
+    for line in ("    return inner(images)", "    return images.maen()"):
+        assert f'{tmp_path / "rewards.py"}", line {lines.index(line) + 1}, in ' in said and line in said
 
 
 def test_a_bug_in_an_iteration_keeps_its_traceback_and_the_iterations_before_it(tmp_path):
-    module, number = copy_of_flux(tmp_path, PLACES["loss"], "if seen_before: undefined_name")
-    calls = []
+    line = "    ratio = torch.exp(log_prob - old_log_prob)"
+    module, number = copy_of_flux(tmp_path, line, "if seen_before: undefined_name")
+    calls, train_step = [], module.train_step
     module.seen_before = False
-
-    train_step = module.train_step
 
     def watched(run, iteration):
         module.seen_before = iteration == 1

@@ -7,13 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from test_own_files import RESUME, files, home  # noqa: F401, the folder of a run
 
 import grpo_flux as g
 import harness
 import rewards
-
-FEW = """--prompts_per_step 1 --num_generations 2 --train_batch_size 2 --num_inference_steps 2 --sde_window 0
-    --max_train_steps 1 --num_updates 1 --reward jpeg --output_dir run --prompts prompts.txt""".split()
 
 
 class Payload:
@@ -27,25 +26,26 @@ class Payload:
 
 
 @pytest.fixture
-def mark(tmp_path, monkeypatch):
-    """The file that a payload would leave. The working directory has a prompt and a copy of the tiny FLUX."""
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    Path("prompts.txt").write_text("a red circle on white\n")
-    shutil.copytree(harness.HERE / "tiny/flux", "model")
+def mark(tmp_path):
+    """The file that a payload would leave."""
     return tmp_path / "mark"
 
 
-def code(mark):
-    return f"from pathlib import Path\nPath({str(mark)!r}).touch()\n\n\nclass Foreign:\n    pass\n"
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    """A copy of the tiny FLUX in the working directory."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(harness.HERE / "tiny/flux", "model")
+    return tmp_path / "model"
 
 
-def run_or_stop(*words):
-    """Runs; a refusal is as good."""
+def load_or_stop():
+    """Loads the model as a run does; a refusal is as good."""
     try:
-        g.main([*FEW, *words])
-    except SystemExit as stop:
-        return str(stop.code)
+        g.load_models(g.parse_args(["--model", "model"]), torch.device("cpu"))
+    except (harness.RunError, SystemExit) as stop:
+        return stop
 
 
 def test_the_payload_is_one(mark):
@@ -53,85 +53,75 @@ def test_the_payload_is_one(mark):
     assert mark.exists()
 
 
-def test_a_pickle_in_a_rewards_checkpoint_is_not_run(mark):
-    file = Path("weights.pt")
-    file.write_bytes(pickle.dumps(Payload(mark)))
-    with pytest.raises(Exception):
+def test_a_pickle_in_a_rewards_checkpoint_is_not_run(mark, tmp_path):
+    file = tmp_path / "weights.pt"
+    torch.save(Payload(mark), file)
+    with pytest.raises(pickle.UnpicklingError):
         rewards.load_pickle(file, harness.checkpoints.fingerprint(file))  # even with the right sha256
+    with pytest.raises(ValueError, match="expected sha256 0123, got"):
+        rewards.load_pickle(file, "0123")
     assert not mark.exists()
 
 
-def test_a_pickle_in_a_training_state_is_not_run(mark):
-    run_or_stop()
-    checkpoint = Path("run/checkpoints/step_000001")
-    resume = ["--resume_from_checkpoint", "latest", "--max_train_steps", "2"]
-    (checkpoint / "training_state/.metadata").write_bytes(pickle.dumps(Payload(mark)))
-    (checkpoint / "training_state/extra.pt").write_bytes(pickle.dumps(Payload(mark)))
-    assert run_or_stop(*resume) is None and not mark.exists()
-    for file in sorted(Path("run/checkpoints/step_000002/training_state").glob("*.safetensors")):
+def test_a_pickle_in_a_training_state_is_not_run(files, mark):  # noqa: F811
+    state = files / "run/checkpoints/step_000002/training_state"
+    (state / ".metadata").write_bytes(pickle.dumps(Payload(mark)))
+    (state / "extra.pt").write_bytes(pickle.dumps(Payload(mark)))
+    g.main([*RESUME, "--max_train_steps", "3"])
+    assert (files / "run/checkpoints/step_000003").exists() and not mark.exists()
+    for file in (files / "run/checkpoints/step_000003/training_state").glob("*.safetensors"):
         file.write_bytes(pickle.dumps(Payload(mark)))
     with pytest.raises(SystemExit):
-        g.parse_args([*FEW, *resume])
+        g.parse_args(RESUME)
     assert not mark.exists()
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
-def test_a_pickle_in_the_place_of_weights_is_not_run(part, mark):
-    for file in Path("model", part).glob("*.safetensors"):
+def test_a_pickle_in_the_place_of_weights_is_not_run(part, model, mark):
+    for file in (model / part).glob("*.safetensors"):
         file.unlink()
     for name in ("diffusion_pytorch_model.bin", "pytorch_model.bin"):
-        Path("model", part, name).write_bytes(pickle.dumps(Payload(mark)))
-    assert "while loading" in run_or_stop("--model", "model")
-    assert not mark.exists()
+        (model / part / name).write_bytes(pickle.dumps(Payload(mark)))
+    assert isinstance(load_or_stop(), harness.RunError) and not mark.exists()
 
 
-@pytest.mark.parametrize("place", ["custom_pipeline", "_class_name", "component", "auto_map", "tokenizer"])
-def test_code_in_a_models_folder_is_not_run(place, mark):
-    for folder in ("model", "model/transformer", "model/text_encoder", "model/tokenizer"):
+FOREIGN = {"auto_map": {name: "foreign.Foreign" for name in ("AutoModel", "AutoConfig", "AutoTokenizer")}}
+PLACES = [
+    ("model_index.json", {"custom_pipeline": "pipeline"}),
+    ("model_index.json", {"_class_name": ["pipeline", "Foreign"]}),
+    ("model_index.json", {"transformer": ["foreign", "Foreign"]}),
+    ("text_encoder/config.json", FOREIGN | {"model_type": "foreign"}),
+    ("transformer/config.json", FOREIGN | {"model_type": "foreign"}),
+    ("tokenizer/tokenizer_config.json", FOREIGN | {"tokenizer_class": "Foreign"}),
+]
+
+
+@pytest.mark.parametrize("file, entries", PLACES)
+def test_code_in_a_models_folder_is_not_run(file, entries, model, mark):
+    code = f"from pathlib import Path\nPath({str(mark)!r}).touch()\n\n\nclass Foreign:\n    pass\n"
+    for folder in ("", "transformer", "text_encoder", "tokenizer"):
         for name in ("pipeline.py", "foreign.py", "modeling_foreign.py"):
-            Path(folder, name).write_text(code(mark))
-    index = json.loads(Path("model/model_index.json").read_text())
-    if place == "custom_pipeline":
-        index["custom_pipeline"] = "pipeline"
-    if place == "_class_name":
-        index["_class_name"] = ["pipeline", "Foreign"]
-    if place == "component":
-        index["transformer"] = ["foreign", "Foreign"]
-    Path("model/model_index.json").write_text(json.dumps(index))
-    for file in ("text_encoder/config.json", "transformer/config.json", "tokenizer/tokenizer_config.json"):
-        config = json.loads(Path("model", file).read_text())
-        if place == "auto_map" or place == "tokenizer" and "tokenizer" in file:
-            config["auto_map"] = {name: "foreign.Foreign" for name in ("AutoModel", "AutoConfig", "AutoTokenizer")}
-            config |= {"tokenizer_class": "Foreign"} if "tokenizer" in file else {"model_type": "foreign"}
-        Path("model", file).write_text(json.dumps(config))
-    run_or_stop("--model", "model")
+            (model / folder / name).write_text(code)
+    config = json.loads((model / file).read_text()) | entries
+    (model / file).write_text(json.dumps(config))
+    load_or_stop()
     assert not mark.exists()
 
 
-def test_captions_and_reward_names_do_not_climb(mark):
-    Path("prompts.txt").write_text("../../climbed\n/etc/climbed\na\x00b\n")
-    Path("own.py").write_text("def climbed(images, prompts):\n    return images.mean((1, 2, 3))\n")
-    before = {path for path in Path("..").rglob("*") if "run" not in path.parts}
-    run_or_stop("--eval_prompts", "prompts.txt", "--eval_reward", "../here/own.py:climbed", "--prompts_per_step", "3")
-    after = {path for path in Path("..").rglob("*") if "run" not in path.parts}
-    assert {path.name for path in after - before} <= {"__pycache__"} and Path("run/samples/step_000001.png").exists()
-
-
-def own_code():
-    """Not what an environment or a run has put into this folder."""
-    for file in sorted(harness.HERE.rglob("*.py")):
-        if not any(part.startswith(".") or part in ("outputs", "venv") for part in file.relative_to(harness.HERE).parts):
-            yield file
-
-
-@pytest.mark.parametrize("file", own_code(), ids=lambda file: file.name)
-def test_no_code_runs_text_or_unpickles_what_it_is_given(file):
+def test_no_code_runs_text_or_unpickles_what_it_is_given():
     """`ast` finds no eval, no exec, no trust_remote_code, no torch.load but with weights_only=True."""
-    for node in ast.walk(ast.parse(file.read_text())):
-        if not isinstance(node, ast.Call):
-            continue
-        name, keywords = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
-        assert "trust_remote_code" not in keywords
-        assert not name.endswith("torch.load") or keywords.get("weights_only") == "True", ast.unparse(node)
-        if file.parent.name != "tests":  # they run the README's snippets and the formulas of sde.py
-            assert name not in ("eval", "exec", "__import__", "pickle.load", "pickle.loads")
+    seen = set()
+    for file in harness.HERE.rglob("*.py"):
+        parts = file.relative_to(harness.HERE).parts
+        if any(part.startswith(".") or part in ("outputs", "venv") for part in parts):
+            continue  # not our own: an environment or a run has put it here
+        seen.add(file.name)
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name, keywords = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+            assert "trust_remote_code" not in keywords, file
+            assert not name.endswith("torch.load") or keywords.get("weights_only") == "True", (file, ast.unparse(node))
+            if parts[0] != "tests":  # they run the README's snippets and the formulas of sde.py
+                assert name not in ("eval", "exec", "__import__", "pickle.load", "pickle.loads"), file
+    assert seen >= {"rewards.py", "grpo_flux.py", "apply.py", "checkpoints.py"}

@@ -1,8 +1,6 @@
 """README.md, RESULTS.md and docs/ keep their word: links lead to files, commands parse, snippets run."""
 
-import ast
 import importlib
-import inspect
 import os
 import re
 import shlex
@@ -15,12 +13,12 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 
-import harness
-from small import scripts
+from small import REWARDS, WINDOW, argv, scripts
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ["README.md", "RESULTS.md", "docs/real_weights.md", "docs/faq.md", "docs/paper_map.md"]
-FLAGS_OF_OTHERS = {"--reward_rate", "--shutdown-timeout", "--gradient_accumulation_steps"}  # of bench.py, of torchrun, of the authors
+# of bench.py, of torchrun, of the authors
+FLAGS_OF_OTHERS = {"--reward_rate", "--shutdown-timeout", "--gradient_accumulation_steps"}
 PAGES = ["README.md", "RESULTS.md", "docs/real_weights.md"]  # they hold commands
 SCRIPTS = scripts(ROOT)
 
@@ -65,9 +63,11 @@ def flags(capsys):
     return {flag for entry in entries for flag in re.findall(r"--[\w-]+", entry)}
 
 
-@pytest.fixture
-def reader(tmp_path, monkeypatch):
-    """The reader's folder: the models, and what the README lets the reader bring or leave there."""
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    """The reader's folder: the models, and what the README lets the reader bring or leave there. It is the working
+    directory of this module's tests."""
+    tmp_path = tmp_path_factory.mktemp("reader")
     (tmp_path / "tiny").symlink_to(ROOT / "tiny")
     for file in ("prompts", "train", "heldout", "video_prompts", "consist-id"):
         (tmp_path / f"{file}.txt").write_text("a red circle on white\n")
@@ -82,8 +82,9 @@ def reader(tmp_path, monkeypatch):
     transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     layers = {"transformer_lora_layers": get_peft_model_state_dict(transformer)}
     FluxPipeline.save_lora_weights(tmp_path / "outputs/LORA/checkpoints/step_000060", **layers)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        yield tmp_path
 
 
 # ---- LINKS AND COUNTS --------------------------------------------------------------------------------------------
@@ -131,44 +132,30 @@ def test_old_flags_are_mapped_to_ours(capsys):
 
 
 def test_snippets_run_as_they_stand(reader):
-    """But for the real FLUX, of which the tiny one takes the place, on a CPU, with fewer pixels."""
+    """But for the real FLUX, of which the tiny one takes the place, on a CPU, with fewer pixels and 2 steps."""
     assert snippets()
+    changes = [("black-forest-labs/FLUX.1-dev", "tiny/flux"), ('.to("cuda")', ""), ("=720", "=64")]
     for code in snippets():
-        names = {}
-        for real, tiny in (("black-forest-labs/FLUX.1-dev", "tiny/flux"), ('.to("cuda")', ""), ("=720", "=64")):
+        for real, tiny in (*changes, ("num_inference_steps=12", "num_inference_steps=2")):
             code = code.replace(real, tiny)
-        exec(compile(code, "README.md", "exec"), names)
+        if "num_inference_steps" not in code:
+            code = code.replace("height=64", "num_inference_steps=2, height=64")
+        exec(compile(code, "README.md", "exec"), {})
         pictures = re.findall(r'\.save\("(.+?)"\)', code)
         assert all((reader / picture).stat().st_size for picture in pictures)
 
 
 # ---- METRICS -----------------------------------------------------------------------------------------------------
-def written_keys(function):
-    """The keys of the metrics that a function writes; f"reward/{name}" as reward/<name>."""
-    keys = []
-    for node in ast.walk(ast.parse(inspect.getsource(function))):
-        if isinstance(node, ast.Dict):
-            keys += node.keys
-        if isinstance(node, ast.DictComp):
-            keys.append(node.key)
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).startswith("figures["):
-            keys.append(node.targets[0].slice)
-    names = set()
-    for key in keys:
-        if isinstance(key, ast.Constant):
-            names.add(key.value)
-        if isinstance(key, ast.JoinedStr):
-            names.add("".join(part.value if isinstance(part, ast.Constant) else "<name>" for part in key.values))
-    return names
-
-
-def test_the_table_of_metrics_is_what_a_run_writes():
-    first_column = " ".join(cells[0] for cells in table("docs/faq.md", "key in metrics.jsonl"))
+def test_the_table_of_metrics_is_what_a_run_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    (tmp_path / "heldout.txt").write_text("a red circle on white\n")
     script = importlib.import_module(SCRIPTS[0])
-    documented = set(re.findall(r"`(.+?)`", first_column))
-    functions = (script.train_step, harness.metrics_of, harness.figures_of)
-    kept = {key for function in functions for key in written_keys(function)}
-    assert documented == kept - {"ratio"}  # of each transition; the metrics hold its mean
+    words = argv(tmp_path, tmp_path / "run", **WINDOW, prompts_per_step=1, eval_reward="red")
+    run = script.make_run(script.parse_args(words))
+    written = script.train_step(run, 0) | script.evaluate(run, 1)
+    first_column = " ".join(cells[0] for cells in table("docs/faq.md", "key in metrics.jsonl"))
+    assert set(re.findall(r"`(.+?)`", first_column)) == {key.replace("/red", "/<name>") for key in written}
 
 
 # ---- PROSE -------------------------------------------------------------------------------------------------------

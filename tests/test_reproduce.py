@@ -1,12 +1,13 @@
 """reproduce.py: the scripts accept its command lines; its rule for a difference; what it writes. And demo_2d.py."""
 
+import contextlib
 import itertools
 import json
 import signal
 import statistics
 import subprocess
 import sys
-import time
+import types
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,16 +80,32 @@ def few(tmp_path, monkeypatch):
     """Two arms of two iterations, run for real, in folders of the test."""
     monkeypatch.setattr(reproduce, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(reproduce, "DOCS", tmp_path / "docs/reproduce")
-    base = ("grpo_flux.py --reward hps --max_train_steps 2 --validation_steps 1 --eval_samples 1 "
-            "--checkpointing_steps 1 --prompts_per_step 1 --num_generations 2 --train_batch_size 2")  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "held_out.txt").write_text("a red circle on white\na blue ring on black\n")
+    base = f"""grpo_flux.py --reward hps --max_train_steps 2 --validation_steps 1 --checkpointing_steps 1 --rank 2
+        --lora_alpha 2 --prompts_per_step 1 --num_generations 2 --train_batch_size 2 --num_inference_steps 4
+        --sde_window 2 --sde_window_range 0 0 --eval_prompts {tmp_path}/held_out.txt --eval_samples 1"""
     return reproduce.Experiment("a claim", {"a": base, "b": f"{base} --eta 0.9"}, [("ours", "a", "b", "eval/hps")])
 
 
+def in_this_process(words, stop=False, **how):
+    """What a run's process does, faster. stop: it is told to, as by Ctrl-C, while it trains."""
+    module = types.ModuleType("script_of_a_run")
+    exec(compile(Path(words[1]).read_text(), words[1], "exec"), module.__dict__)
+    train_step = module.train_step
+    module.train_step = lambda run, step: stop and signal.raise_signal(signal.SIGINT) or train_step(run, step)
+    module.main(words[2:])
+    return SimpleNamespace(returncode=0, stderr="")
+
+
 def test_an_experiment_leaves_rows_and_a_figure_and_does_nothing_twice(few, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(run=in_this_process))
+    in_order = contextlib.nullcontext(SimpleNamespace(map=map))  # another thread may not ask for signals
+    monkeypatch.setattr(reproduce, "ThreadPoolExecutor", lambda jobs: in_order)
     reproduce.perform("few", few, [0], 1)
     result = json.loads((tmp_path / "docs/reproduce/few.json").read_text())
     folder = reproduce.folder_of(few.arms["b"], 0)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = reproduce.read(folder)
     assert result["rows"]["b"]["eval/hps"] == [lines[-1]["eval/hps"]]
     assert result["rows"]["before"]["eval/hps"] == [lines[0]["eval/hps"]]
     assert json.loads((folder / "args.json").read_text())["args"]["eta"] == 0.9
@@ -96,8 +113,24 @@ def test_an_experiment_leaves_rows_and_a_figure_and_does_nothing_twice(few, tmp_
     assert result["rows"]["b"]["rise of eval/hps"] == [lines[-1]["eval/hps"] - lines[0]["eval/hps"]]
     assert f"| b | {lines[-1]['eval/hps']:.3f} |" in capsys.readouterr().out
 
-    monkeypatch.setattr(reproduce.subprocess, "run", lambda *a, **k: pytest.fail("run again"))
+    monkeypatch.setattr(reproduce, "subprocess", None)  # else it would fail
     reproduce.run(few.arms["a"], 0)
+
+
+def test_a_stopped_run_is_not_taken_for_a_finished_one_and_goes_on(few, monkeypatch):
+    """The first call is stopped and exits with status 0; the second is a process, as every run is."""
+    command, calls = few.arms["a"], []
+
+    def watched(words, **how):
+        calls.append(words)
+        return in_this_process(words, stop=True) if len(calls) == 1 else subprocess.run(words, **how)
+
+    monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(run=watched))
+    with pytest.raises(SystemExit, match="not finished"):
+        reproduce.run(command, 0)
+    reproduce.run(command, 0)
+    assert calls[1][-2:] == ["--resume_from_checkpoint", "latest"]
+    assert [line["step"] for line in reproduce.read(reproduce.folder_of(command, 0))] == [0, 1, 2]
 
 
 def test_each_base_model_has_one_row(tmp_path, monkeypatch):
@@ -120,31 +153,6 @@ def test_each_base_model_has_one_row(tmp_path, monkeypatch):
     }  # fmt: skip
 
 
-def test_a_stopped_run_is_not_taken_for_a_finished_one_and_goes_on(few, monkeypatch):
-    """The first call is told to stop, as by Ctrl-C, while it trains: it exits with status 0."""
-    command, calls, run = few.arms["a"], [], reproduce.subprocess.run
-
-    def watched(words, **kwargs):
-        calls.append(words)
-        if len(calls) == 1:
-            quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            process = subprocess.Popen(words, cwd=kwargs["cwd"], env=kwargs["env"], **quiet)
-            metrics = reproduce.folder_of(command, 0) / "metrics.jsonl"
-            while not metrics.exists() or not metrics.read_text():
-                time.sleep(0.05)
-            process.send_signal(signal.SIGINT)
-            assert process.wait() == 0
-            return SimpleNamespace(returncode=0, stderr="")
-        return run(words, **kwargs)
-
-    monkeypatch.setattr(reproduce.subprocess, "run", watched)
-    with pytest.raises(SystemExit, match="not finished"):
-        reproduce.run(command, 0)
-    reproduce.run(command, 0)
-    assert calls[1][-2:] == ["--resume_from_checkpoint", "latest"]
-    assert [line["step"] for line in reproduce.read(reproduce.folder_of(command, 0))] == [0, 1, 2]
-
-
 def test_another_method_or_model_is_another_run(few, monkeypatch):
     folder = reproduce.folder_of(few.arms["a"], 0)
     assert folder != reproduce.folder_of(few.arms["a"], 1) != reproduce.folder_of(few.arms["b"], 1)
@@ -154,7 +162,7 @@ def test_another_method_or_model_is_another_run(few, monkeypatch):
 
 def test_a_run_that_fails_stops_the_experiment_with_its_error(monkeypatch, tmp_path):
     monkeypatch.setattr(reproduce, "RUNS", tmp_path)
-    with pytest.raises(SystemExit, match="must be float, from 0.001"):
+    with pytest.raises(SystemExit, match="must be float, from 0.001"):  # of the script: in a process, as every run is
         reproduce.run("grpo_flux.py --max_train_steps 1 --eta 0", 0)
 
 
@@ -216,7 +224,7 @@ def test_the_best_density_in_the_plane_has_a_constant_ratio_to_the_tilt():
 
 
 def test_in_the_plane_grpo_goes_most_of_the_way_and_less_noise_goes_less():
-    few = dict(num_steps=20, group_size=1000, iterations=60)
+    few = dict(num_steps=10, group_size=300, iterations=60)
     errors = {name: demo_2d.learn(0, **demo_2d.SETTINGS[name], **few) for name in ("memoryless noise", "eta 0.5")}
     assert errors["memoryless noise"]["error of the mean"] < 0.2 < errors["eta 0.5"]["error of the mean"]
     assert statistics.mean(errors["memoryless noise"].values()) < 0.3
@@ -241,15 +249,15 @@ def test_the_report_has_each_experiment_with_its_verdicts(few, tmp_path, monkeyp
     assert page.index("a claim") < page.index("What we saw.") < page.index("**confirmed**") < page.index("| a |")
 
 
-def test_an_unknown_name_is_refused_in_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", "typo"])
+@pytest.mark.parametrize(
+    "words, said",
+    [("typo", "NAME typo: must be one of ddpo timesteps"), ("eta --seeds 0 0", "--seeds 0 0: must be different")],
+)
+def test_an_unknown_name_and_equal_seeds_are_refused(words, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *words.split()])
     with pytest.raises(SystemExit) as stop:
         reproduce.main()
-    assert stop.value.code == 2 and "NAME typo: must be one of ddpo timesteps" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", "noise", "--seeds", "0", "0"])
-    with pytest.raises(SystemExit) as stop:
-        reproduce.main()
-    assert stop.value.code == 2 and "--seeds 0 0: must be different numbers" in capsys.readouterr().err
+    assert stop.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_no_line_of_the_method_stands_in_reproduce():
