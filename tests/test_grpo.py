@@ -330,7 +330,7 @@ def test_a_rollout_goes_where_the_plan_says_and_decodes_the_last_x0(build, watch
     run = build(num_inference_steps=8, sde_window=2, sde_window_range=(3, 3), tail_steps=2)
     log = watch(run, frozen=True)
     g.train_step(run, 0)
-    args, (levels, etas) = run.args, g.plan(run.args, 0)
+    args, levels = run.args, g.plan(run.args, 0)[0]
     trajectory = log.trajectories[0]
     assert trajectory.shape[:2] == (8, 8)
     cond = harness.stack(harness.conditions(run, log.prompts), "cpu")
