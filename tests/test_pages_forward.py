@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import sympy as sp
 import torch
+from torch.nn.utils import vector_to_parameters
 
 import harness
 import small

@@ -182,10 +182,12 @@ def test_each_motion_defect_is_caught_and_leaves_the_rest(defect):
     assert min(float(seen[k].mean()) for k in ("video_correct", "moves_right_way", "constant", "sharp")) >= 0.9
 
 
-@pytest.mark.parametrize("direction, opposite, axis", [("left", "right", -1), ("down", "up", -2)])
-def test_backwards_and_mirrored_are_other_directions(direction, opposite, axis):
+@pytest.mark.parametrize("direction, opposite, axis, sign", [("left", "right", -1, -1), ("down", "up", -2, 1)])
+def test_backwards_and_mirrored_are_other_directions(direction, opposite, axis, sign):
     captions = {d: f"a green square moving {d} on grey" for d in world.DIRECTIONS}
     video = draw_video(captions[direction])
+    first, last = ((frame - 0.5).abs().sum(0).nonzero().float().mean(0) for frame in (video[0], video[-1]))
+    assert sign * (last - first)[axis] > 8  # rows grow downwards, columns to the right
     videos = torch.stack([video, video.flip(0), video.flip(axis)])
     true = [captions[direction], captions[opposite], captions[opposite]]
     assert world.video_correct(videos, true).tolist() == [1, 1, 1] == world.smooth(videos, true).tolist()
