@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_own_files import RESUME, files, home  # noqa: F401, the folder of a run
+from test_own_files import RESUME, files, home, metrics  # noqa: F401, the folder of a run
 
 import grpo_flux as g
 import harness
@@ -67,8 +67,10 @@ def test_a_pickle_in_a_training_state_is_not_run(files, mark):  # noqa: F811
     state = files / "run/checkpoints/step_000002/training_state"
     (state / ".metadata").write_bytes(pickle.dumps(Payload(mark)))
     (state / "extra.pt").write_bytes(pickle.dumps(Payload(mark)))
+    with open(files / "run/metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "tor')  # what came after the checkpoint is cut
     g.main([*RESUME, "--max_train_steps", "3"])
-    assert (files / "run/checkpoints/step_000003").exists() and not mark.exists()
+    assert [line["step"] for line in metrics(files)] == [0, 1, 2, 3] and not mark.exists()
     for file in (files / "run/checkpoints/step_000003/training_state").glob("*.safetensors"):
         file.write_bytes(pickle.dumps(Payload(mark)))
     with pytest.raises(SystemExit):

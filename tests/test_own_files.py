@@ -224,7 +224,7 @@ def test_weights_that_are_not_whole_end_the_run_with_one_line(fault, part, model
     if fault == "truncated":
         os.truncate(file, file.stat().st_size - 100)
     with pytest.raises(SystemExit) as stop:
-        g.main(["--model", "model", "--output_dir", "run", "--reward", "jpeg", "--eval_reward", "jpeg"])
+        g.make_run(g.parse_args("--model model --output_dir run --reward jpeg --eval_reward jpeg".split()))
     assert re.search("error: while loading: ", stop.value.code) and "\n" not in stop.value.code
     assert not Path("run/metrics.jsonl").exists()
 
