@@ -93,7 +93,13 @@ def in_this_process(words, stop=False, **how):
     module = types.ModuleType("script_of_a_run")
     exec(compile(Path(words[1]).read_text(), words[1], "exec"), module.__dict__)
     train_step = module.train_step
-    module.train_step = lambda run, step: stop and signal.raise_signal(signal.SIGINT) or train_step(run, step)
+
+    def watched(run, iteration):
+        if stop:
+            signal.raise_signal(signal.SIGINT)
+        return train_step(run, iteration)
+
+    module.train_step = watched
     module.main(words[2:])
     return SimpleNamespace(returncode=0, stderr="")
 

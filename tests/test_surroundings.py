@@ -30,7 +30,7 @@ def folder(tmp_path, monkeypatch):
 
 # ---- TERMINALS, FOLDERS, SIGNALS ---------------------------------------------------------------------------------
 def test_a_message_and_a_picture_appear_whatever_the_terminal_and_the_backend(folder):
-    """A terminal that cannot show a message does not end a run. Notebooks set this backend, which a shell command of
+    """A terminal that cannot show a message does not end a run. Notebooks set a backend, which a shell command of
     theirs inherits; it need not be installed. A glyph that a font lacks is no warning."""
     code = """
 import json
@@ -44,7 +44,7 @@ harness.draw_samples(torch.rand(2, 3, 8, 8), ["a", "\\u4e00"], 0, Path("picture"
 Path("metrics.jsonl").write_text(json.dumps({"step": 0, "eval/x": 1.0}))
 harness.draw_curves(Path("."))
 """
-    backend = dict(MPLBACKEND="module://no_such_module.backend_inline", PYTHONIOENCODING="ascii")
+    backend = dict(MPLBACKEND="no_such_backend", PYTHONIOENCODING="ascii")
     surroundings = os.environ | backend | {"PYTHONPATH": str(harness.HERE)}
     done = subprocess.run([sys.executable, "-c", code], env=surroundings, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "" and "gr\\xfcner" in done.stdout, done.stderr
