@@ -135,6 +135,7 @@ def time_family():
 
 def experiments():
     own_noise = "--no-init_same_noise"
+    best = family(best_rates())
     few = "--prompts_per_step 3 --train_batch_size 48"
     no_kl = "--kl_beta 1e-9"  # as good as none, and the KL is measured
     equal_time = "eval/hps at equal time"
@@ -285,8 +286,8 @@ def experiments():
         ),
         "family": Experiment(
             "What came after, in equal time: each method at its best learning rate of three",
-            family(best_rates()),
-            [(OURS, name, "default", key) for name in list(FAMILY)[1:] for key in ("eval/hps", "eval/correct")],
+            best,
+            [(OURS, name, "default", key) for name in list(best)[1:] for key in ("eval/hps", "eval/correct")],
             ["eval/hps", "eval/clip", *JUDGE], "seconds",
         ),
         "best_at_inference": Experiment(
