@@ -16,7 +16,10 @@ PLACES = {
     "load": "    encoders = [pipe.text_encoder, pipe.text_encoder_2]",
     "encode": '    return {"encoder_hidden_states": tokens, "pooled_projections": pooled}',
     "plan": "    first, last = args.sde_window_range",
+    "predict": "    ones = latents.new_ones(len(latents))",
     "decode": "    config = models.vae.config",
+    "loss": "    ratio = torch.exp(log_prob - old_log_prob)",
+    "evaluate": "    shown, scores = {}, []",
     "save": "            harness.record(run, metrics)",
 }
 
