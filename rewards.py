@@ -860,7 +860,10 @@ def load_rewards(names, paths=None, device="cpu", dtype=None, chunk_size=8, file
 # args has the values of --reward, --reward_weights, --reward_thresholds, --reward_paths and --eval_reward.
 def finite(text):
     """A type for argparse: a number that float32 can compute with."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not -1e9 <= value <= 1e9:
         raise argparse.ArgumentTypeError(f"{text}: must be float, from -1e+09 to 1e+09")
     return value

@@ -32,6 +32,8 @@ def check_run(args):
     check_run_flags(args)
     if args.resume_from_checkpoint is not None:
         check_resume(args)
+    elif args.output_dir == "":
+        refuse("--output_dir", "''", "a folder, or a path where one can be made")
     elif args.output_dir and os.path.exists(os.path.join(args.output_dir, "args.json")):
         accepted = "a new folder: this one holds a run (go on with --resume_from_checkpoint latest)"
         refuse("--output_dir", args.output_dir, accepted)
@@ -149,7 +151,7 @@ def iterations(run):
 def keep_last_iteration(run, *expected):
     """Whatever ends the loop inside, the last whole iteration is saved. A first SIGINT, SIGTERM or SIGHUP lets an
     iteration finish; a second one does not wait. RunError and the `expected` errors end the program with one line and
-    status 1; what caused them, in somebody's reward, with its traceback."""
+    status 1. An error inside a user's reward is printed with its traceback first."""
 
     def ask_to_stop(number, frame):
         run.signalled = True
@@ -159,8 +161,7 @@ def keep_last_iteration(run, *expected):
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
         numbers.append(signal.SIGHUP)
     handlers = {number: signal.signal(number, ask_to_stop) for number in numbers}
-    failed = True
-    reason = ""
+    failed, reason = True, ""
     try:
         yield
         failed = False
@@ -172,13 +173,13 @@ def keep_last_iteration(run, *expected):
             traceback.print_exception(error.__cause__)
         reason = one_line(error)
     finally:
-        alone = WORLD == 1 or not failed  # a failed process cannot save alone: the others hold shards, too
+        can_save = WORLD == 1 or not failed  # a failed process cannot save alone: the others hold shards, too
         try:
             if run.pending:  # the iteration is done, even if its evaluation failed
                 record(run, run.pending)
-            if alone and run.consistent and run.step > run.saved:
+            if can_save and run.consistent and run.step > run.saved:
                 save_checkpoint(run)
-        except RunError as error:
+        except (RunError, OSError) as error:
             say(f"the last iteration could not be saved: {error}")
             reason = reason or "its checkpoint could not be written"
         for number, handler in handlers.items():
@@ -236,8 +237,8 @@ def save_checkpoint(run):
         (part / "hashes.json").write_text(json.dumps(written, indent=1))
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was resumed from an older checkpoint
         part.rename(folder)
-        older = [path for path in sorted(folder.parent.glob("step_??????")) if path < folder]
-        later = [path for path in folder.parent.glob("step_??????") if path > folder]
+        paths = sorted(folder.parent.glob("step_??????"))
+        older, later = [path for path in paths if path < folder], [path for path in paths if path > folder]
         for path in later + older[: max(0, len(older) + 1 - run.args.checkpoints_total_limit)]:
             shutil.rmtree(path)
     run.saved = run.step

@@ -27,7 +27,7 @@ class RunError(RuntimeError):
 
 
 class Refused(argparse.ArgumentTypeError, ValueError):
-    """Bad input, found before anything is loaded. parse() prints it as one line. Any other error is a bug."""
+    """Bad input, found before anything is loaded. parse() prints it as one line."""
 
 
 def refuse(flag, value, accepted):
@@ -40,7 +40,7 @@ def one_line(text):
 
 @contextlib.contextmanager
 def using_files_of(path):
-    """In this context an error of the disk is no bug, and ends the run with a line."""
+    """In this context an error of the disk becomes a RunError."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -82,8 +82,9 @@ def make_parser(doc, presets):
 
     def error(message):
         unknown = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized arguments") else []
-        pages = {f"variants/{page.name}": page.read_text("utf-8") for page in sorted(HERE.glob("variants/*.md"))}
-        tell = [page for page in pages if any(re.search(rf"[`\"]{flag}\b", pages[page]) for flag in unknown)]
+        named = re.compile(rf"[`\"](?:{'|'.join(unknown) or '$.'})\b")
+        pages = [page for page in sorted(HERE.glob("variants/*.md")) if named.search(page.read_text("utf-8"))]
+        tell = [f"variants/{page.name}" for page in pages]
         hint = f" (see {', '.join(tell)})" if tell else ""
         line = f"{parser.prog}: error: {one_line(message)}{hint}\n"
         parser.exit(2, "" if LOCAL_RANK and "MASTER_ADDR" in os.environ else line)
@@ -131,8 +132,9 @@ def check_surroundings(args):
     left of torchrun in a shell."""
     pinned = dict(re.findall(r"^([\w-]+)==(\d+\.\d+)", (HERE / "requirements.txt").read_text(), re.M))
     for name in ("diffusers", "transformers"):
-        if Version(metadata.version(name)) < Version(pinned[name]):
-            refuse(name, metadata.version(name), f"{pinned[name]} or newer: pip install -r requirements.txt")
+        found = metadata.version(name)
+        if Version(found).release[:2] < Version(pinned[name]).release:
+            refuse(name, found, f"{pinned[name]} or newer: pip install -r requirements.txt")
     if (WORLD > 1 or RANK > 0 or LOCAL_RANK > 0) and "MASTER_ADDR" not in os.environ:
         found = f"{WORLD}, {RANK} and {LOCAL_RANK}"
         refuse("WORLD_SIZE, RANK and LOCAL_RANK", found, "set by torchrun, which also sets MASTER_ADDR: unset them")

@@ -113,7 +113,7 @@ def load_text_encoders(model, dtype):
 
     parts = {}
     for part, entry in read_config("--model", model, "model_index.json").items():
-        library, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+        library, name = entry[:2] if isinstance(entry, list) and len(entry) >= 2 else (None, None)
         network = getattr(transformers, str(name), None) if library == "transformers" else None
         if isinstance(network, type) and issubclass(network, transformers.PreTrainedModel):
             how = dict(subfolder=part, dtype=dtype, output_loading_info=True)
@@ -176,14 +176,15 @@ def prepare_policy(run, part, lora_targets):
 @contextlib.contextmanager
 def other_weights(run, average):
     """Within this context the network has the weights of an EMAModel, such as run.ema. None leaves it its own."""
-    if average:
-        average.store(run.parameters)
-        average.copy_to(run.parameters)
+    if average is None:
+        yield
+        return
+    average.store(run.parameters)
     try:
+        average.copy_to(run.parameters)
         yield
     finally:
-        if average:
-            average.restore(run.parameters)
+        average.restore(run.parameters)
 
 
 def as_in_training(run):

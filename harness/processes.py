@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import hashlib
+import itertools
 import math
 import sys
 import time
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from .command_line import LOCAL_RANK, PROGRAM, RANK, WORLD, RunError, read_prompts, using_files_of
 
@@ -28,10 +30,10 @@ def start_run(args):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block comes from mmap
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing is given back
         libc.mallopt(-2, 2**26)  # M_TOP_PAD: the heap grows by 64 MiB
+    lock = claim_folder(args) if RANK == 0 else None
     if WORLD > 1 and not dist.is_initialized():
         patience = timedelta(hours=2)  # while the first process writes the export, or downloads
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
-    lock = claim_folder(args) if RANK == 0 else None
     if WORLD > 1:  # the default folder is named by the time, which each process reads for itself
         names = [args.output_dir]
         dist.broadcast_object_list(names)
@@ -49,15 +51,18 @@ def start_run(args):
 
 
 def claim_folder(args):
-    """Makes the folder of the run, with a name of its own if none is given, and locks it until this process ends. Exits
-    with status 2 if it cannot be made, or belongs to a run that still runs. Returns the lock."""
-    name, number = f"outputs/{Path(PROGRAM).stem}-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}", 1
-    given, args.output_dir = args.output_dir, args.output_dir or name
+    """Makes the folder of the run, with a name of its own if none is given, and locks it. Exits with status 2 if it
+    cannot be made, or if another run is using it. Returns the lock."""
+    given = args.output_dir
+    name = given or f"outputs/{Path(PROGRAM).stem}-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
-        while not given and Path(args.output_dir).exists():
-            number += 1
-            args.output_dir = f"{name}-{number}"
-        Path(args.output_dir).mkdir(parents=True, exist_ok=bool(given))
+        for args.output_dir in itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2))):
+            try:
+                Path(args.output_dir).mkdir(parents=True, exist_ok=bool(given))
+                break
+            except FileExistsError:  # a run that began in this second
+                if given:
+                    raise
         lock = FileLock(Path(args.output_dir, ".lock"))
         lock.acquire(blocking=False)
         return lock
@@ -127,19 +132,19 @@ def conditions(run, prompts):
     folder = run.folder / "conditions"
     keys = {prompt: repr((prompt, run.args.pretrained_model_name_or_path)).encode() for prompt in prompts}
     files = {prompt: folder / f"{hashlib.sha256(key).hexdigest()[:24]}.safetensors" for prompt, key in keys.items()}
-    missing = [prompt for prompt, file in files.items() if not file.exists()]
-    used = [*run.models.encoders, run.models.vae] if missing else []
-    with using_files_of(folder), on_device(run.device, used):
-        folder.mkdir(exist_ok=True)
-        for prompt in missing:
-            tensors = {name: value.cpu().contiguous() for name, value in run.encode([prompt]).items()}
-            part = files[prompt].with_suffix(f".{RANK}")
-            save_file(tensors, part)
-            part.rename(files[prompt])  # whole or not at all
     loaded = {}
     for prompt, file in files.items():
-        with using_files_of(file):
+        with contextlib.suppress(FileNotFoundError, SafetensorError):  # missing or torn: it is encoded again
             loaded[prompt] = load_file(file)
+    missing = [prompt for prompt in files if prompt not in loaded]
+    with on_device(run.device, [*run.models.encoders, run.models.vae] if missing else []):
+        for prompt in missing:
+            loaded[prompt] = {name: value.cpu().contiguous() for name, value in run.encode([prompt]).items()}
+            part = files[prompt].with_suffix(f".{RANK}")
+            with using_files_of(part):
+                folder.mkdir(exist_ok=True)
+                save_file(loaded[prompt], part)
+                part.rename(files[prompt])  # whole or not at all
     return [loaded[prompt] for prompt in prompts]
 
 

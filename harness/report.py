@@ -38,8 +38,8 @@ def print_header(run, trained, steps, dims, nats):
 
 
 def finish(run):
-    """Draws the curves, says where everything is, and leaves the other processes. Several processes end here: the
-    interpreter's last clean-up would be aborted by a gloo thread that still holds a tensor."""
+    """Draws the curves and says where everything is. Under torchrun it does not return: each process ends here, without
+    the interpreter's last clean-up, which a gloo thread that still holds a tensor would abort."""
     wait(run.device)
     if RANK == 0:
         draw_curves(run.folder)
@@ -125,8 +125,8 @@ def record(run, metrics):
     """Appends one line to metrics.jsonl. From here on the iteration counts as done."""
     if RANK == 0:
         file = run.folder / "metrics.jsonl"
-        length = file.stat().st_size
-        with using_files_of(run.folder):
+        with using_files_of(file):
+            length = file.stat().st_size
             try:
                 with open(file, "a") as opened:
                     opened.write(json.dumps(metrics) + "\n")
@@ -142,7 +142,8 @@ def record(run, metrics):
             say(f"warning: iteration {run.step}: {line}")
         run.warned.add(rule)
     if run.track:
-        run.track(metrics)
+        with using_files_of(run.folder):
+            run.track(metrics)
     scores = [f"{key} {value:.4f}" for key, value in metrics.items() if key.startswith("eval/")]
     if scores:
         say(f"iteration {run.step:3d}  " + "  ".join(scores))
