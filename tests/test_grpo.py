@@ -863,6 +863,13 @@ def test_evaluation_is_by_the_ode_from_noise_of_its_own(build, watch):
     assert {"eval/red", "eval/dark"} <= first.keys()
 
 
+def test_flat_groups_are_counted_over_all_processes(build, monkeypatch):
+    run = build(reward="constant")
+    twice = lambda values, device: torch.as_tensor(values, dtype=torch.float64).flatten().repeat(2, 1)  # noqa: E731
+    small.patch(monkeypatch, "everyone", twice)
+    assert g.train_step(run, 0)["zero_std_groups"] == 2 * run.args.prompts_per_step
+
+
 def test_three_processes_evaluate_what_one_does(build, monkeypatch):
     """One after the other, with what each has to say to the others kept for a second round. The rows do not come out
     even on three."""
