@@ -116,7 +116,7 @@ def test_the_video_autoencoder_reconstructs_and_its_latents_are_standardised(hun
 def test_the_video_base_model_is_a_policy_with_room_above_it(hunyuan):
     """It shows what it is asked, and shows it poorly. Its guidance is distilled: a larger number shows the caption more
     often, and draws it better."""
-    prompts = VIDEO_HELD_OUT[:20]
+    prompts = VIDEO_HELD_OUT[:14]
     seen = []
     for scale in (1.0, 3.0):
         videos = film(hunyuan, prompts, guidance_scale=scale)
