@@ -505,13 +505,14 @@ def draw_points(name, experiment, rows):
 
     keys = experiment.figures
     figure = Figure(figsize=(3.2 * len(keys), 1 + 0.24 * len(rows)), dpi=100, layout="constrained")
-    for axis, key in zip(figure.subplots(1, len(keys), sharey=True), keys):
+    axes = figure.subplots(1, len(keys), sharey=True)
+    for axis, key in zip(axes, keys):
         for height, row in enumerate(rows.values()):
             axis.plot(row[key], [height] * len(row[key]), "o", color="tab:blue", alpha=0.5, markersize=4)
             axis.plot(2 * [statistics.mean(row[key])], [height - 0.35, height + 0.35], color="tab:blue")
         axis.set(title=key, yticks=range(len(rows)), yticklabels=list(rows))
         axis.grid(axis="x", alpha=0.3)
-        axis.invert_yaxis()
+    axes[0].invert_yaxis()  # the first arm at the top
     figure.savefig(DOCS / f"{name}.png")
 
 
