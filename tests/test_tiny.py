@@ -162,9 +162,9 @@ def test_a_reward_model_prefers_what_is_better_and_what_fits():
 
 
 def test_the_video_rewards_prefer_fewer_defects_and_read_each_kind_of_word():
-    """60 moving drawings, flawed or not, under the right caption and one that is wrong by a word of each kind."""
+    """96 moving drawings, flawed or not, under the right caption and one that is wrong by a word of each kind."""
     rng, generator = random.Random(4), torch.Generator().manual_seed(4)
-    scenes = rng.sample(world.moving_scenes(), 60)
+    scenes = rng.sample(world.moving_scenes(), 96)
     makes = [(world.random_moving_make(rng, s.motion, 0.35), world.random_motion(rng, s.motion)) for s in scenes]
     videos = torch.stack([world.draw_video(s, *make, generator) for s, make in zip(scenes, makes)])
     rewards = load_rewards(["vq", "mq", "ta"], {"videoalign": f"{TINY}/videoalign"})
@@ -172,7 +172,7 @@ def test_the_video_rewards_prefer_fewer_defects_and_read_each_kind_of_word():
     for which, name in enumerate(("vq", "mq")):
         defects = torch.tensor([len(make[which].defects) for make in makes])
         better = defects[:, None] < defects
-        assert (scores[name][:, None] > scores[name])[better].float().mean() >= 0.8
+        assert (scores[name][:, None] > scores[name])[better].float().mean() >= 0.85
     for kind in ("colour", "shape", "background", "motion"):
         wrong = [rng.choice(make_tiny.wrong_scenes(s)[kind]).caption for s in scenes]
         assert (scores["ta"] > rewards(videos, wrong)["ta"]).float().mean() >= 0.75, kind

@@ -43,14 +43,14 @@ def test_another_sentence_is_refused(sentence):
 
 @pytest.fixture(scope="module")
 def drawings():
-    return world.sample(7, 120)
+    return world.sample(7, 300)
 
 
 def test_ground_truth_is_judged_right(drawings):
     scenes, makes, images = drawings
     captions, good = [s.caption for s in scenes], torch.tensor([not m.defects for m in makes])
     right, made = world.correct(images, captions), world.well_made(images, captions)
-    assert right[good].all() and right.mean() >= 0.95
+    assert right[good].mean() >= 0.995 and right.mean() >= 0.97
     assert made[good].all() and made[~good].mean() <= 0.02
 
 
@@ -70,7 +70,7 @@ def test_one_word_off_is_judged_wrong(drawings):
     rng = random.Random(0)
     wrong = [world.change_one_word(s, rng) for s in scenes]
     assert {changed(*pair) for pair in zip(scenes, wrong)} == {"background", "places", "colour", "shape"}
-    assert not world.correct(images, [s.caption for s in wrong]).any()
+    assert world.correct(images, [s.caption for s in wrong]).mean() <= 0.01
 
 
 def test_a_missing_and_an_additional_object_are_judged_wrong():
