@@ -19,6 +19,7 @@ import argparse
 import ast
 import functools
 import hashlib
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -27,6 +28,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -106,10 +108,10 @@ def family(rates, length, reward="--reward hps"):
     """{method, or method and rate: command}. rates: {method: learning rates}. length: SEARCH or SHOWN. Empty without
     the times of iterations."""
     file = DOCS / "family_times.json"
-    seconds = json.loads(file.read_text()) if file.exists() else {}
+    times = json.loads(file.read_text()) if file.exists() else {}
     arms = {}
-    for name, (pages, flags) in FAMILY.items() if seconds else ():
-        steps = round(length[0] * seconds["default"] / seconds[name])
+    for name, (pages, flags) in FAMILY.items() if times else ():
+        steps = round(length[0] / times[name])
         often = math.ceil(steps / length[1])
         command = f"grpo_flux.py --max_train_steps {steps} --validation_steps {often} --checkpointing_steps {steps}"
         for rate in rates.get(name, ()):
@@ -127,14 +129,35 @@ def best_rates():
     return {name: [max(of_rates, key=of_rates.get)] for name, of_rates in score.items()}
 
 
+def time_beside_the_default(name):
+    """How long an iteration of a method takes, in iterations of the default: the median of 5 ratios after a first one.
+    The two take turns in one process, on one thread, since a machine is not as fast in one minute as in the next."""
+    torch.set_num_threads(1)
+    iterations = []
+    with tempfile.TemporaryDirectory() as folder:
+        for arm in ("default", name):
+            pages, flags = FAMILY[arm]
+            file = Path(folder, f"{arm}.py")
+            file.write_text(text_of(tuple(pages.split()), "grpo_flux.py"))
+            spec = importlib.util.spec_from_file_location(f"timed_{len(iterations)}", file)
+            script = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(script)
+            words = ["--reward", "hps", "--output_dir", f"{folder}/run of {arm}", *flags.split()]
+            iterations.append(functools.partial(script.train_step, script.make_run(script.parse_args(words))))
+        ratios = []
+        for i in range(6):
+            begun = [(time.perf_counter(), iteration(i))[0] for iteration in iterations] + [time.perf_counter()]
+            ratios.append((begun[2] - begun[1]) / (begun[1] - begun[0]))
+    return statistics.median(ratios[1:])
+
+
 def time_family():
-    """Seconds of an iteration of each method: the mean of 5 after a first one, one run at a time, on one thread."""
-    seconds = {}
-    for name, (pages, flags) in FAMILY.items():
-        command = f"{pages} grpo_flux.py --max_train_steps 6 --validation_steps 6 --eval_samples 1 --reward hps {flags}"
-        run(command, 99)
-        seconds[name] = statistics.mean(line["time_s"] for line in read(folder_of(command, 99))[2:])
-    (DOCS / "family_times.json").write_text(json.dumps(seconds, indent=1) + "\n")
+    """Measures two methods at a time, as `run_all` runs them."""
+    others = list(FAMILY)[1:]
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        ratios = harness.tqdm(pool.map(time_beside_the_default, others), total=len(others), desc="methods")
+        times = {"default": 1.0} | dict(zip(others, ratios))
+    (DOCS / "family_times.json").write_text(json.dumps(times, indent=1) + "\n")
 
 
 def experiments():
