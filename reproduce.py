@@ -169,8 +169,8 @@ def experiments():
     equal_time = "eval/hps at equal time"
     return {
         "ddpo": Experiment(
-            "GRPO scales to many prompts, where DDPO's objective does not (paper, section 1 and Fig 5). DDPO's "
-            "objective here: mean and spread over all samples, each with its own noise",
+            "GRPO scales to many prompts, where DDPO's objective does not (paper, section 1; Fig 5 has it diverge). "
+            "That objective, as the paper has it: mean and spread over all samples, each with its own noise",
             {f"{name}, {size}": f"{variant}{HPS} {prompt_files(size)} {more}" for size in (1, 8, 64, 96)
              for name, variant, more in (("GRPO", "", ""), ("DDPO", "ddpo ", own_noise))},
             [(PAPER, f"GRPO, {size}", f"DDPO, {size}", "rise of eval/hps") for size in (1, 8, 64, 96)],
@@ -298,7 +298,8 @@ def experiments():
             axis="seconds",
         ),
         "flash": Experiment(
-            "A shared prefix and a tail of the second order save time at no cost (MixGRPO-Flash, arXiv:2507.21802)",
+            "A shared prefix, and a tail of the second order as in MixGRPO-Flash (arXiv:2507.21802), save time at no "
+            "cost",
             {"default": HPS, "flash": f"flash {HPS}"},
             [("MixGRPO", "flash", "default", equal_time), (OURS, "default", "flash", "eval/hps")],
             axis="seconds",

@@ -66,6 +66,16 @@ def test_nft_starts_as_weighted_matching(beta, limit):
     assert torch.equal(gradient[2], torch.zeros(3, 5)) and (ratio == 1).all()
 
 
+def test_nft_probability_is_clipped():
+    """An advantage beyond l is one of l: several rewards can add up to more."""
+    old, new, x0 = torch.randn(3, 4, 3, 5, generator=harness.seeded(0))
+    advantage, args = torch.tensor([3.0, -3.0, 0.5, 0.0]), SimpleNamespace(nft_beta=0.5, adv_clip_max=2.0)
+    policy_loss = variant_of("grpo_flux", "nft").policy_loss
+    found = policy_loss(new, old, x0, advantage, args)[0]
+    torch.testing.assert_close(found, nft_by_hand(new, old, x0, advantage, 0.5, 2.0))
+    assert torch.equal(found, policy_loss(new, old, x0, advantage.clamp(-2, 2), args)[0])
+
+
 @pytest.mark.parametrize("sigma", ["1", "0.6", "0.2"])
 def test_awm_baseline_has_no_gradient_on_average(sigma):
     """Samples N(0, s²) have the velocity k x, k = (σ - (1-σ) s²)/((1-σ)² s² + σ²). E[∂m/∂k] = 0 there alone."""

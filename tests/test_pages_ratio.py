@@ -65,6 +65,22 @@ def test_guard_takes_out_the_bias_and_the_length_of_the_step(sigma, sigma_next, 
     torch.testing.assert_close(gradient, -(1 + eta**2 * (1 - sigma) / (2 * sigma)) * noise / 7)
 
 
+@pytest.mark.parametrize("pages, eta, before, after", [([], 0.3, 2.5, 5.9), (["flow_grpo"], 0.7, 22, 6.8)])
+def test_guard_evens_out_flow_grpo_alone(pages, eta, before, after):
+    """Largest over smallest spread of log-ratios, of 11 steps, if the velocity moves by 1 at each. After is the page's
+    log-ratio, std times the script's."""
+    g = variant_of("grpo_flux", *pages)
+    args = SimpleNamespace(sde_window=0, num_inference_steps=12, tail_steps=0, eta=eta, shift=3.0)
+    levels, etas = g.plan(args, 0)
+    x, one, plain, guarded = torch.zeros(1, 1), torch.ones(1, 1), [], []
+    for t in range(11):
+        old, new = [g.policy_step(args, v, x, levels[t], levels[t + 1], etas[t], x) for v in (x, one)]
+        plain.append(float((new.mean - old.mean).abs() / old.std))
+        guarded.append(plain[-1] * float(old.std))
+    assert max(plain) / min(plain) == pytest.approx(before, rel=0.02)
+    assert max(guarded) / min(guarded) == pytest.approx(after, rel=0.02)
+
+
 def test_guard_has_the_gradient_of_its_objective(build, monkeypatch):  # noqa: F811
     """In the closed form mean((mu - mu_old) xi), with a clip that some of the ratios pass."""
     g, run, log, rows, advantages, policy, old = two_updates("guard", build, monkeypatch, clip_range=1e-4)
