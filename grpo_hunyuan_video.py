@@ -26,9 +26,9 @@ import time
 from itertools import chain, pairwise
 from types import SimpleNamespace
 
-import harness  # before torch: it sets how torch's threads wait
 import torch
 
+import harness
 from harness import HERE, refuse, seeded
 from harness import count, fraction, fraction_below_1, guidance, not_negative
 from harness import pixels, positive, scale, up_to_1000, whole

@@ -28,9 +28,9 @@ import time
 from itertools import chain, pairwise
 from types import SimpleNamespace
 
-import harness  # before torch: it sets how torch's threads wait
 import torch
 
+import harness
 from harness import HERE, RunError, refuse, seeded
 from harness import count, fraction, fraction_below_1, guidance_from_1, not_negative
 from harness import pixels, positive, up_to_1000, whole

@@ -29,12 +29,12 @@ from itertools import chain, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
-import harness  # before torch: it sets how torch's threads wait
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import ImageOps
 
+import harness
 from harness import HERE, refuse, seeded
 from harness import count, fraction, fraction_below_1, guidance, guidance_from_1, not_negative
 from harness import pixels, positive, scale, up_to_1000, whole
@@ -64,6 +64,7 @@ PRESETS = {
         pretrained_model_name_or_path=f"{HERE}/tiny/hunyuan_video", height=64, width=64, num_frames=9,
         transformer=f"{HERE}/tiny/skyreels_i2v", first_frame_model=f"{HERE}/tiny/flux",
         prompts=f"{HERE}/tiny/prompts_video.txt", eval_prompts=f"{HERE}/tiny/prompts_video_heldout.txt", eval_samples=2,
+        images=f"{HERE}/tiny/first_frames",  # of the prompts of both files; of any other the model above draws one
         reward_paths=[f"{name}={HERE}/tiny/{name}" for name in ("videoalign", "hps", "clip")],
         eval_reward=["vq", "mq", "ta", *JUDGE],
         num_inference_steps=12, eta=1.0, sde_window=3, sde_window_range=[0, 8], timestep_fraction=1.0,
@@ -90,7 +91,7 @@ def parse_args(argv=None):
     flag("--num_frames", type=up_to_1000, help="of a video; 1: images")
     flag("--guidance_scale", type=guidance, default=1.0, help="embedded guidance (authors)")
     flag("--true_cfg_scale", type=guidance_from_1, default=5.0, help="classifier-free, also in training (authors)")
-    flag("--images", metavar="FOLDER", help="first frames, each with its prompt in a .txt of the same name")
+    flag("--images", metavar="FOLDER", help='first frames, each with its prompt in a .txt of the same name; "": none')
     flag("--first_frame_model", metavar="MODEL", help="draws the first frames of prompts that come without an image")
     add_reward_flags(parser, ["mq"])
     # sampling

@@ -34,11 +34,11 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import harness  # before torch: it sets how torch's threads wait
 import numpy
 import torch
 
 import demo_2d
+import harness
 from variants.apply import change
 
 ROOT = Path(__file__).resolve().parent

@@ -14,10 +14,6 @@ import os
 import sys
 import warnings
 
-if "OMP_WAIT_POLICY" not in os.environ:
-    # A thread that waits for another one may spin or sleep. Spinning is fast on a quiet machine. Beside one busy
-    # program it makes an iteration 3 times as long: it holds the core that the other thread needs. So we spin briefly.
-    os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}  # before torch is imported
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # silences its advice to install torchvision
 for harmless in ("local_dir_use_symlinks", "torch.distributed is disabled", "FSDP2-wrapped", "Corrupt EXIF", "Glyph"):
     warnings.filterwarnings("ignore", message=f".*{harmless}")

@@ -115,7 +115,7 @@ def one_block(files, script="grpo_flux"):
         return dict(pretrained_model_name_or_path=files / "flux")
     flags = dict(pretrained_model_name_or_path=files / "hunyuan_video")
     if script == "grpo_skyreel_i2v":
-        flags |= dict(transformer=files / "skyreels_i2v", first_frame_model=files / "flux")
+        flags |= dict(transformer=files / "skyreels_i2v", first_frame_model=files / "flux", images="")
     return flags
 
 

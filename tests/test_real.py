@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import gpu_check
 import pytest
 import real_models
+import real_sizes
 import torch
 from real_models import MODELS, conditions_of, parts_of
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -247,6 +248,37 @@ def test_the_check_of_a_gpu_goes_on_after_a_case_that_fails(capsys, monkeypatch)
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["case"] for row in rows] == [*table] and rows[1]["error"] == "no memory"
     assert rows[2]["gain"] == 1.5 and "gain" not in rows[0]
+
+
+@pytest.mark.parametrize("case, trained", [("sd14-512-full", 208), ("skyreel-480x480x17-lora", 42)])
+def test_a_real_size_is_run_as_a_user_would_and_its_export_read(case, trained, capsys):
+    """At the tiny models' sizes. Each tensor that was trained is in the pipeline, and none is as before."""
+    real_sizes.main(["--tiny", case])
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert row["ratio_max_dev"] == 0.0 and row["exported"] == f"{trained} / {trained}"
+    assert 0.3 < row["peak_gib"] < 3 and row["planned_gib"] < 0.05 and row["weights"] == "random, tiny"
+
+
+@pytest.mark.parametrize("case", real_sizes.SCORING)
+def test_a_real_reward_model_is_timed(case, capsys):
+    real_sizes.main(["--tiny", case])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["seconds"] > 0
+
+
+@pytest.mark.parametrize("script", ["grpo_flux", "grpo_hunyuan_video"])
+def test_text_encoders_of_a_real_size_say_what_the_real_ones_say(script, tmp_path, monkeypatch):
+    """Width and length, without the denoiser and the autoencoder, which tools/real_models.py has."""
+    kind, _, name = MODELS[script]
+    monkeypatch.setitem(MODELS, script, (kind, {}, name))
+    real_sizes.write_pipeline(script, torch.bfloat16, False, tmp_path)
+    parts = dict(transformer=None, vae=None, dtype=torch.bfloat16)
+    pipe = kind.from_pretrained(tmp_path / "model", **parts)
+    length = {"max_sequence_length": 512} if script == "grpo_flux" else {}
+    said = pipe.encode_prompt(["a red circle"], None, **length)[:2]
+    pooled = next(part for part in said if part.ndim == 2)
+    tokens = next(part for part in said if part.ndim == 3)
+    wanted = conditions_of(script, dict(joint_attention_dim=4096, text_embed_dim=4096, pooled_projection_dim=768))
+    assert wanted["encoder_hidden_states"] == tokens.shape[1:] and wanted["pooled_projections"] == pooled.shape[1:]
 
 
 def test_the_check_of_a_gpu_needs_one(monkeypatch, capsys):

@@ -3,9 +3,12 @@
 import functools
 import itertools
 import random
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, HunyuanSkyreelsImageToVideoPipeline, HunyuanVideoPipeline
@@ -19,6 +22,7 @@ sys.path.insert(0, str(TINY))
 import make_tiny  # noqa: E402
 import world  # noqa: E402
 
+from harness import captioned_images, read_image  # noqa: E402
 from rewards import load_rewards  # noqa: E402
 
 HELD_OUT = (TINY / "prompts_heldout.txt").read_text().splitlines()
@@ -143,6 +147,22 @@ def test_image_to_video_goes_on_from_its_image(skyreels):
     assert world.moves_right_way(videos, prompts).mean() > 0.9
     assert world.video_correct(videos, prompts).mean() > 0.7
     assert 0.2 < world.smooth(videos, prompts).mean() < 0.95
+
+
+def test_each_caption_of_a_moving_drawing_has_its_first_frame(monkeypatch, tmp_path):
+    """As make_tiny.py draws it: the asked object on the asked background, whole, and not moved yet."""
+    images = captioned_images(SimpleNamespace(images=str(TINY / "first_frames"), eval_prompts=None))
+    captions = make_tiny.prompts_of("prompts_video") + VIDEO_HELD_OUT
+    assert {*images} == {*captions} and len(captions) == 288
+    frames = numpy.stack([numpy.array(read_image(images[caption])) for caption in captions])
+    frames = torch.from_numpy(frames).permute(0, 3, 1, 2) / 255
+    still = [caption.replace(f" moving {world.parse(caption).motion}", "") for caption in captions]
+    assert (world.correct(frames, still) == 1).all()
+    for name in ("prompts_video", "prompts_video_heldout"):
+        shutil.copy(TINY / f"{name}.txt", tmp_path)
+    monkeypatch.setattr(make_tiny, "TINY", tmp_path)
+    make_tiny.make_first_frames()
+    assert all((tmp_path / "first_frames" / f.name).read_bytes() == f.read_bytes() for f in images.values())
 
 
 def test_a_reward_model_prefers_what_is_better_and_what_fits():

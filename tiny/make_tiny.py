@@ -3,6 +3,7 @@
     python tiny/make_tiny.py                    all of them, in order
     python tiny/make_tiny.py clip hps           only these (each needs the ones above it in STAGES)
 
+    first_frames   drawings that SkyReels goes on from  PNG, and its caption in a .txt       tiny/first_frames
     vae            the autoencoder                      AutoencoderKL                        kept in tiny/.build
     flux           a FLUX pipeline with that VAE        FluxPipeline                         tiny/flux
     sd14           a Stable Diffusion pipeline with it  StableDiffusionPipeline              tiny/sd14
@@ -38,6 +39,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel, HunyuanSkyreelsImage
 from diffusers import HunyuanVideoTransformer3DModel, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
@@ -949,12 +951,30 @@ def make_prompts():
         (TINY / f"{name}.txt").write_text("".join(s.caption + "\n" for s in chosen))
 
 
+def make_first_frames():
+    """A drawing for each caption of a moving one, with the caption beside it in a .txt: the asked objects in their full
+    colours, a little small, soft or off their place. What is left to learn from them is the motion."""
+    folder = TINY / "first_frames"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for caption in prompts_of("prompts_video") + prompts_of("prompts_video_heldout"):
+        rng = random.Random(caption)
+        make = world.Make(
+            scale=rng.uniform(0.8, 1.0), blur=rng.uniform(0.9, 2.5), pale=rng.uniform(0, 0.05),
+            jitter=(rng.uniform(-1.5, 1.5), rng.uniform(-1.5, 1.5)),
+        )  # fmt: skip
+        image = world.draw(world.parse(caption), make, torch.Generator()).mul(255).round().byte()
+        name = caption.replace(" ", "_")
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{name}.png", optimize=True)
+        (folder / f"{name}.txt").write_text(f"{caption}\n")
+
+
 VAE_STEPS, FLUX_STEPS, SD14_STEPS, CLIP_STEPS, HPS_STEPS = 1800, 11800, 4000, 1600, 600
 FRAME_VAE_STEPS, VIDEO_VAE_STEPS = 2000, 2500
 TEACHER_STEPS, HUNYUAN_STEPS, SKYREELS_STEPS, VIDEOALIGN_STEPS = 12000, 2000, 3000, 2500
-STAGES = {"prompts": make_prompts, "vae": make_vae, "flux": make_flux, "sd14": make_sd14, "clip": make_clip,
-          "hps": make_hps, "video_vae": make_video_vae, "video_teacher": make_video_teacher,
-          "hunyuan_video": make_hunyuan_video, "skyreels_i2v": make_skyreels,
+STAGES = {"prompts": make_prompts, "first_frames": make_first_frames, "vae": make_vae, "flux": make_flux,
+          "sd14": make_sd14, "clip": make_clip, "hps": make_hps, "video_vae": make_video_vae,
+          "video_teacher": make_video_teacher, "hunyuan_video": make_hunyuan_video, "skyreels_i2v": make_skyreels,
           "videoalign": make_videoalign}  # fmt: skip
 
 

@@ -23,7 +23,6 @@ import argparse
 import collections
 import importlib
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -34,10 +33,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import harness  # noqa: E402  before torch: it sets how torch's threads wait
+import torch  # noqa: E402
 
 import grpo_flux  # noqa: E402
-import torch  # noqa: E402
+import harness  # noqa: E402
 from variants.apply import change  # noqa: E402
 
 PAPER = "--sde_window 0 --timestep_fraction 0.6 --eta 0.3 --num_updates 4 --clip_range 1e-4".split()
@@ -161,10 +160,9 @@ def print_trl(rounds, folder, python):
     sys.path.append(str(folder))
     script = importlib.import_module("grpo_sd14_last")
     run = make_run(f"{folder}/ours", "--reward", f"{reward}:brightness", *flags, script=script)
-    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     command = [python, Path(__file__).with_name("bench_trl.py")]
     peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                            text=True, env=environment)  # fmt: skip
+                            text=True)  # fmt: skip
     ratios = []
     for step in range(rounds + 1):
         ours = seconds(lambda: script.train_step(run, step))
