@@ -71,7 +71,7 @@ FAMILY = {
 RATES = ("1e-4", "2e-4", "4e-4")
 # Iterations of the default, and how often a run is evaluated after its start. The others have as many as end with it.
 # 16 of 36, in which it rises fastest, and 10 of them to find a rate: chosen before any result, to fit into three hours.
-SEARCH, SHOWN = (10, 1), (16, 4)
+SEARCH, SHOWN = (10, 1), (16, 2)
 
 
 @dataclass
