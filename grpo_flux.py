@@ -36,7 +36,7 @@ from sde import flow_sde_step, flow_sigmas, joint_nats, standard_normal
 
 # Legend of shapes:  B samples of a process    b samples of a micro-batch    G samples of a group    K rewards
 #                    n steps of a rollout    T steps of the schedule    *L latent dimensions, D their product
-# Words:  step or transition, of the sampler    update, of the optimizer    iteration, one train_step
+# Words:  step or transition, of the sampler   update, of the optimizer   iteration, a train_step (so prompts_per_step)
 
 # ---- ARGUMENTS -------------------------------------------------------------------------------------------------------
 # Sources: "Table 6" of the paper; "authors", their launch script of that setting (16 GPUs, or LoRA on 8).
@@ -59,12 +59,12 @@ PRESETS = {
     ),
     "lora": REAL | dict(
         num_inference_steps=12, prompts_per_step=16, num_updates=2,  # authors; 8 GPUs x 2 prompts
-        timestep_fraction=0.5,  # 6 of 11 transitions: the authors' 0.6, rounded down
+        timestep_fraction=0.5,  # ceil(0.5 * 11) = 6 transitions, the authors' floor(0.6 * 11)
         learning_rate=3e-4, rank=128, lora_alpha=256, checkpointing_steps=60, max_train_steps=301,  # authors
     ),
     "fast": REAL | FAST | dict(
-        prompts_per_step=16, num_updates=1, gradient_checkpointing=False, train_batch_size=2,  # 80 GB, planned
-        learning_rate=3e-4, rank=128, lora_alpha=256, checkpointing_steps=60, max_train_steps=200,  # as "lora"
+        prompts_per_step=16, num_updates=1, gradient_checkpointing=False, train_batch_size=2,  # for 80 GB, not measured
+        learning_rate=3e-4, rank=128, lora_alpha=256, checkpointing_steps=60, max_train_steps=200,  # "lora"
     ),
     "paper": REAL | dict(num_inference_steps=25, prompts_per_step=32, num_updates=4),  # Table 6
     "official": REAL | dict(num_inference_steps=16, prompts_per_step=16, num_updates=3),  # authors
@@ -140,7 +140,7 @@ def load_models(args, device):
 
 @torch.no_grad()
 def encode_prompts(models, args, prompts):
-    """n prompts -> cond: T5's (n, S, C) and CLIP's (n, C') embeddings."""
+    """N prompts -> cond: T5's (N, S, C) and CLIP's (N, C') embeddings."""
     length = min(512, models.pipe.tokenizer_2.model_max_length)  # the pipeline's limit
     tokens, pooled, _ = models.pipe.encode_prompt(prompts, None, device=models.device, max_sequence_length=length)
     return {"encoder_hidden_states": tokens, "pooled_projections": pooled}
@@ -159,8 +159,8 @@ def schedule(args):
 
 
 def predict(policy, args, latents, sigma, cond):
-    """The velocity (b, *L) at sigma. The only call of the network, in rollout and update alike. autocast has no cache:
-    weights that it cast without gradients would have none in the update."""
+    """The velocity (b, *L) at sigma. The only call of the network, in rollout and update alike. autocast keeps no copy
+    of a weight: one that was cast without gradients must not serve a pass with them."""
     patch = math.isqrt(args.height * args.width // latents.shape[1])  # pixels along a token's side, from their number
     ys, xs = torch.arange(args.height / patch), torch.arange(args.width / patch)
     ids = torch.cartesian_prod(torch.zeros(1), ys, xs).to(latents.device)  # (tokens, 3): 0, y, x
@@ -260,7 +260,7 @@ def micro_batches(samples, args):
 
 def choose_transitions(args, etas, *key):
     """A random share of the transitions with noise, the only ones that have a density; `key` seeds the choice. The last
-    transition is never trained: with --decode_x0 its noise reaches no reward, sde.py (16)."""
+    transition is never trained: if x0 is decoded, its noise reaches no reward, sde.py (16)."""
     noisy = [t for t, eta in enumerate(etas[:-1]) if eta > 0]
     order = torch.randperm(len(noisy), generator=seeded(*key))
     wanted = round(args.timestep_fraction * len(noisy), 6)  # as a float, 0.28 * 25 is more than 7
@@ -319,7 +319,7 @@ def train_step(run, iteration):
     kept = best_and_worst(advantages, G, args.best_of_n) if args.best_of_n else torch.arange(len(rows))
     advantages = advantages.float().to(device)  # (B,)
 
-    # 6: choose a random share of the transitions, the same for all samples of a micro-batch.
+    # 6: choose a random share of the transitions, the same for a micro-batch: one call of the network has one level.
     updates = []
     for update in micro_batches(kept, args):
         keys = [(args.seed, "transitions", iteration, rows[b[0]]) for b in update]

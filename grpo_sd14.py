@@ -39,7 +39,7 @@ from sde import ddim_sde_step, joint_nats, standard_normal
 
 # Legend of shapes:  B samples of a process    b samples of a micro-batch    G samples of a group    K rewards
 #                    n steps of a rollout    T steps of the schedule    *L latent dimensions, D their product
-# Words:  step or transition, of the sampler    update, of the optimizer    iteration, one train_step
+# Words:  step or transition, of the sampler   update, of the optimizer   iteration, a train_step (so prompts_per_step)
 
 # ---- ARGUMENTS -------------------------------------------------------------------------------------------------------
 # Sources: "Table 6" and "App. C" of the paper; "authors", their launch script of that setting (8 GPUs).
@@ -165,7 +165,7 @@ def load_models(args, device):
 
 @torch.no_grad()
 def encode_prompts(models, args, prompts):
-    """n prompts -> cond: CLIP's (n, S, C) embeddings, and those of the empty prompt as often."""
+    """N prompts -> cond: CLIP's (N, S, C) embeddings, and those of the empty prompt as often."""
     prompt, negative = models.pipe.encode_prompt(prompts, models.device, 1, True)
     return {"prompt_embeds": prompt, "negative_prompt_embeds": negative}
 
@@ -295,7 +295,7 @@ def micro_batches(samples, args):
 
 def choose_transitions(args, etas, *key):
     """A random share of the transitions with noise, the only ones that have a density; `key` seeds the choice. The last
-    transition is never trained: with --decode_x0 its noise reaches no reward, sde.py (16)."""
+    transition is never trained: if x0 is decoded, its noise reaches no reward, sde.py (16)."""
     noisy = [t for t, eta in enumerate(etas[:-1]) if eta > 0]
     order = torch.randperm(len(noisy), generator=seeded(*key))
     wanted = round(args.timestep_fraction * len(noisy), 6)  # as a float, 0.28 * 25 is more than 7
@@ -354,7 +354,7 @@ def train_step(run, iteration):
     kept = best_and_worst(advantages, G, args.best_of_n) if args.best_of_n else torch.arange(len(rows))
     advantages = advantages.float().to(device)  # (B,)
 
-    # 6: choose a random share of the transitions, the same for all samples of a micro-batch.
+    # 6: choose a random share of the transitions, the same for a micro-batch: one call of the network has one level.
     updates = []
     for update in micro_batches(kept, args):
         keys = [(args.seed, "transitions", iteration, rows[b[0]]) for b in update]

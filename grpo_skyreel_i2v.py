@@ -44,7 +44,7 @@ from sde import flow_sde_step, flow_sigmas, joint_nats, standard_normal
 # Legend of shapes:  B samples of a process    b samples of a micro-batch    G samples of a group    K rewards
 #                    n steps of a rollout    T steps of the schedule    *L latent dimensions, D their product
 #                    F frames    F' latent frames
-# Words:  step or transition, of the sampler    update, of the optimizer    iteration, one train_step
+# Words:  step or transition, of the sampler   update, of the optimizer   iteration, a train_step (so prompts_per_step)
 
 # ---- ARGUMENTS -------------------------------------------------------------------------------------------------------
 # Sources: "Table 6" of the paper; "authors", their launch script of that setting (32 GPUs).
@@ -121,7 +121,7 @@ def parse_args(argv=None):
     known = parser.parse_known_args(argv)[0]
     parser.set_defaults(**PRESETS[known.preset])
     if known.images:
-        parser.set_defaults(prompts=known.images)
+        parser.set_defaults(prompts=known.images)  # their captions
     return harness.parse(parser, argv, check_args, harness.captioned_images, harness.check_run, check_model)
 
 
@@ -210,8 +210,8 @@ def draw_first_frames(models, args, files):
 
 @torch.no_grad()
 def encode_prompts(models, args, prompts):
-    """n prompts -> cond: the latents of the first frames (n, C, 1, h, w); Llama's embeddings (n, 2, S, C), their mask
-    (n, 2, S) and CLIP's embeddings (n, 2, C'), of the prompt and of the empty one."""
+    """N prompts -> cond: the latents of the first frames (N, C, 1, h, w); Llama's embeddings (N, 2, S, C), their mask
+    (N, 2, S) and CLIP's embeddings (N, 2, C'), of the prompt and of the empty one."""
     length = min(256, models.pipe.tokenizer.model_max_length)  # the pipeline's limit, without its prompt template
     both = prompts + [""] * len(prompts)
     parts = models.pipe.encode_prompt(both, device=models.device, max_sequence_length=length)
@@ -342,7 +342,7 @@ def micro_batches(samples, args):
 
 def choose_transitions(args, etas, *key):
     """A random share of the transitions with noise, the only ones that have a density; `key` seeds the choice. The last
-    transition is never trained: with --decode_x0 its noise reaches no reward, sde.py (16)."""
+    transition is never trained: if x0 is decoded, its noise reaches no reward, sde.py (16)."""
     noisy = [t for t, eta in enumerate(etas[:-1]) if eta > 0]
     order = torch.randperm(len(noisy), generator=seeded(*key))
     wanted = round(args.timestep_fraction * len(noisy), 6)  # as a float, 0.28 * 25 is more than 7
@@ -401,7 +401,7 @@ def train_step(run, iteration):
     kept = best_and_worst(advantages, G, args.best_of_n) if args.best_of_n else torch.arange(len(rows))
     advantages = advantages.float().to(device)  # (B,)
 
-    # 6: choose a random share of the transitions, the same for all samples of a micro-batch.
+    # 6: choose a random share of the transitions, the same for a micro-batch: one call of the network has one level.
     updates = []
     for update in micro_batches(kept, args):
         keys = [(args.seed, "transitions", iteration, rows[b[0]]) for b in update]

@@ -1,8 +1,8 @@
 """Samplers as policies: each step of a deterministic sampler becomes a Gaussian that RL can train.
 
 GRPO needs the likelihood of what the policy did. An ODE sampler has none: from a given start it
-does one thing with probability one. The SDE below takes Gaussian steps, which have a density, and
-its samples still have the distribution of the ODE's.
+does one thing with probability one. The SDE below takes Gaussian steps, which have a density. As
+they shrink, its samples have the distribution of the ODE's.
 
 Every formula has a number, and the code that uses it carries that number. The tests that prove a
 formula are named below it. They are in tests/test_sde.py, and parse these comments.
@@ -67,7 +67,7 @@ def gaussian_step(mean, std, x0, next_latents=None, generator=None):
     """Draws next_latents from N(mean, std²), or gives the log_prob of given ones. std: number or tensor. -> SDEStep"""
     std = per_row(std, mean)
     if next_latents is None:
-        # Draw also where std is 0: to switch off a step's noise leaves the later draws unchanged.
+        # Draw even if std is 0, so that later draws do not depend on which steps have noise.
         noise = standard_normal(mean.shape, generator, mean.device, mean.dtype)
         next_latents = mean + std * noise  # (1)
     else:
@@ -183,7 +183,7 @@ def require(condition, message):
 #       more weighs the first. With few steps of the ODE only the second is left: samples are too
 #       much alike (data of std 0.3 come out with 0.225 after 16 steps at shift 3).
 #       test_variance_of_a_step
-#  (16) E[A ∇ℓ | x] = A E[∇ℓ | x] = 0                      the last step, where σ' = 0
+#  (16) E[A ∇ℓ | x] = E[A | x] E[∇ℓ | x] = 0               the last step, where σ' = 0
 #       If the last x̂0 is decoded, and not x', the reward and A do not depend on the last ξ. By (6)
 #       that step's expected gradient is zero: training it only adds variance. T - 1 are trained.
 #       test_last_noise_reaches_no_reward, test_log_prob_gradient
