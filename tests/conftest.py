@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # what is not here is not to be had: else each refusal waits for the network
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # claims of bits are about the kernels of a CPU
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait do not take the core from other processes
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # each of pytest-xdist's processes has a core
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,15 +22,6 @@ def pytest_xdist_make_scheduler(config, log):
     from xdist.scheduler import LoadFileScheduling
 
     return LoadFileScheduling(config, log) if config.getvalue("dist") == "load" else None
-
-
-@pytest.fixture
-def on_cpu(monkeypatch):
-    """Bitwise claims are about these kernels."""
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.fixture(scope="session")

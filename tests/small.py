@@ -292,3 +292,10 @@ def surrogate_by_hand(run, log, rows, steps, advantages, policy, old_policy):
 def loss_gradient(objectives, policy):
     trained = [p for p in policy.parameters() if p.requires_grad]
     return flat(torch.autograd.grad(-objectives.mean(), trained))
+
+
+def check_types_of_bf16(run):
+    """Of a LoRA in --mixed_precision bf16: what is trained is in fp32, and all that is frozen in bf16."""
+    assert {(p.requires_grad, p.dtype) for p in run.models.policy.parameters()} == {
+        (True, torch.float32), (False, torch.bfloat16)}  # fmt: skip
+    assert {p.dtype for p in (*run.models.vae.parameters(), *run.models.encoders[0].parameters())} == {torch.bfloat16}

@@ -4,7 +4,6 @@ import importlib.util
 import traceback
 
 import pytest
-import torch
 
 import harness
 from small import REWARDS, WINDOW, argv
@@ -22,11 +21,6 @@ PLACES = {
     "evaluate": "    shown, scores = {}, []",
     "save": "            harness.record(run, metrics)",
 }
-
-
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 def copy_of_flux(folder, line=None, typo="undefined_name"):

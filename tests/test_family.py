@@ -26,13 +26,6 @@ OVER = {"grpo_hunyuan_video": ":mean", "grpo_skyreel_i2v": ":mean"}  # how an im
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
-    """Bitwise claims are about these kernels."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-
-
 # ---- ONE TEXT ----------------------------------------------------------------------------------------------------
 def text_of(script):
     return (ROOT / f"{script}.py").read_text("utf-8")

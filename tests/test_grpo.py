@@ -29,9 +29,8 @@ import grpo_flux as g
 import harness
 import small
 from small import TIMES, TINY, WINDOW, advantages_by_hand, close, flat, kept_by_hand, length, loss_gradient, same
-from small import surrogate_by_hand
+from small import check_types_of_bf16, surrogate_by_hand
 
-pytestmark = pytest.mark.usefixtures("on_cpu")
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 
@@ -173,8 +172,6 @@ CASES = {
     "each reward's advantages clamped": (
         WINDOW | dict(adv_clip_max=0.8, reward=("red", "number"), reward_weights=(3, 3)), [1, 2],
     ),
-    "own initial noise": (WINDOW | dict(init_same_noise=False), [1, 2]),
-    "decoded latents": (WINDOW | dict(decode_x0=False), [1, 2]),
     "other guidance and shift": (WINDOW | dict(guidance_scale=1.5, shift=1.7), [1, 2]),
     "gradient checkpointing": (WINDOW | dict(gradient_checkpointing=True), [1, 2]),
     "LoRA": (WINDOW | dict(rank=4, lora_alpha=12), [1, 2]),
@@ -580,9 +577,7 @@ LONG |= dict(sde_window_range=(0, 1), max_train_steps=6, validation_steps=4, che
 def unbroken(files, tmp_path_factory):
     """The folder of six iterations in one go, with a checkpoint of each; evaluations at 0, 4 and 6."""
     folder = tmp_path_factory.mktemp("unbroken") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        g.main(argv(files, folder, **LONG | dict(checkpointing_steps=1)))
+    g.main(argv(files, folder, **LONG | dict(checkpointing_steps=1)))
     return folder
 
 
@@ -694,16 +689,6 @@ def test_a_run_needs_no_git_and_loads_a_reward_once(build, monkeypatch):
     assert run.rewards.rewards["red"] is run.eval_rewards.rewards["red"]
 
 
-def test_a_run_is_not_resumed_with_other_settings_nor_written_over(files, tmp_path, unbroken, capsys):
-    for flags, word in (
-        (dict(learning_rate=1e-2, resume_from_checkpoint="latest"), "--learning_rate 0.01: must be 0.001"),
-        (dict(), "holds a run"),
-    ):
-        with pytest.raises(SystemExit) as exit:
-            g.parse_args(argv(files, unbroken, **LONG | flags))
-        assert exit.value.code == 2 and word in capsys.readouterr().err
-
-
 def spoil_gradient(run, monkeypatch):
     run.parameters[0].register_hook(lambda gradient: gradient * math.nan)
 
@@ -716,7 +701,6 @@ def spoil_second_update(run, monkeypatch):
 FAULTS = {  # what stops iteration 4, what the error names, and the last iteration that is saved
     "reward raises": ("raise", None, "reward 'red' failed: out of paint", 3),
     "reward is NaN": ("nan", None, "reward 'red' is nan", 3),
-    "ratio is not 1": (None, with_another_guidance_in_the_update, "ratio", 3),
     "gradient is NaN": (None, spoil_gradient, "after iteration 3: the gradient's norm is nan", 3),
     # What the first of two updates left belongs to no iteration.
     "second gradient is NaN": (None, spoil_second_update, "after iteration 3: the gradient's norm is nan", 2),
@@ -888,11 +872,7 @@ def test_three_processes_evaluate_what_one_does(build, monkeypatch):
 
 
 def test_in_bf16_what_is_frozen_is_in_bf16_and_what_is_trained_in_fp32(build):
-    run = build(mixed_precision="bf16", rank=2, lora_alpha=2)
-    types = {p.requires_grad: {q.dtype for q in run.models.policy.parameters() if q.requires_grad == p.requires_grad}
-             for p in run.models.policy.parameters()}  # fmt: skip
-    assert types == {True: {torch.float32}, False: {torch.bfloat16}}
-    assert {p.dtype for p in (*run.models.vae.parameters(), *run.models.encoders[0].parameters())} == {torch.bfloat16}
+    check_types_of_bf16(build(mixed_precision="bf16", rank=2, lora_alpha=2))
 
 
 # ---- LEARNING ----------------------------------------------------------------------------------------------------

@@ -34,7 +34,6 @@ def mark(tmp_path):
 @pytest.fixture
 def model(tmp_path, monkeypatch):
     """A copy of the tiny FLUX in the working directory."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(harness.HERE / "tiny/flux", "model")
     return tmp_path / "model"

@@ -10,7 +10,7 @@ from torch.nn.utils import vector_to_parameters
 import harness
 import small
 from small import WINDOW, advantages_by_hand, argv, close, flat
-from test_variants import build, moved, on_cpu, page_text, variant_of  # noqa: F401 (two are fixtures)
+from test_variants import build, moved, page_text, variant_of  # noqa: F401 (one is a fixture)
 
 BOTH = pytest.mark.parametrize("page", ["nft", "awm"])
 FLAGS = dict(adv_clip_max=2.0)  # four levels, all of them trained

@@ -82,12 +82,6 @@ PAGES = {
 every_page = pytest.mark.parametrize("page", PAGES)
 
 
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
-    """Bitwise claims are about these kernels."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
     """{page: folder of a small random pipeline}."""

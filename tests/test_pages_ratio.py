@@ -13,7 +13,7 @@ import harness
 import sde
 import small
 from small import WINDOW, advantages_by_hand, close, flat, loss_gradient, surrogate_by_hand
-from test_variants import build, moved, on_cpu, policies, variant_of  # noqa: F401
+from test_variants import build, moved, policies, variant_of  # noqa: F401
 
 
 def two_updates(page, build, monkeypatch, **flags):  # noqa: F811

@@ -146,8 +146,7 @@ def test_snippets_run_as_they_stand(reader):
 
 
 # ---- METRICS -----------------------------------------------------------------------------------------------------
-def test_the_table_of_metrics_is_what_a_run_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_the_table_of_metrics_is_what_a_run_writes(tmp_path):
     (tmp_path / "rewards.py").write_text(REWARDS)
     (tmp_path / "heldout.txt").write_text("a red circle on white\n")
     script = importlib.import_module(SCRIPTS[0])

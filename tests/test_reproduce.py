@@ -80,7 +80,6 @@ def few(tmp_path, monkeypatch):
     """Two arms of two iterations, run for real, in folders of the test."""
     monkeypatch.setattr(reproduce, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(reproduce, "DOCS", tmp_path / "docs/reproduce")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "held_out.txt").write_text("a red circle on white\na blue ring on black\n")
     base = f"""grpo_flux.py --reward hps --max_train_steps 2 --validation_steps 1 --checkpointing_steps 1 --rank 2
         --lora_alpha 2 --prompts_per_step 1 --num_generations 2 --train_batch_size 2 --num_inference_steps 4

@@ -382,17 +382,6 @@ def test_another_file_is_refused_before_it_is_unpickled(tmp_path, monkeypatch):
         assert name in str(error.value)
 
 
-def test_pickles_are_loaded_as_weights_only(tmp_path):
-    class Malicious:
-        def __reduce__(self):
-            return (tmp_path.joinpath("ran").touch, ())
-
-    torch.save({"state_dict": Malicious()}, tmp_path / "x.pt")
-    with pytest.raises(Exception, match="[Ww]eights.only"):
-        rewards.load_pickle(tmp_path / "x.pt", sha256_of(tmp_path / "x.pt"))
-    assert not (tmp_path / "ran").exists()
-
-
 @pytest.mark.parametrize("key", ["visual_projection.weight", "head.weight", "text_model.embeddings.position_ids"])
 def test_a_folder_must_hold_exactly_a_clip_model(tmp_path, key):
     folder, file = clip_folder(tmp_path), tmp_path / "model.safetensors"

@@ -89,24 +89,22 @@ def end(process, timeout):
 def runs(files, tmp_path_factory):
     """A folder with those RUNS by two processes in two/, the last one killed, and those of one process in one/."""
     folder = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
 
-        def alone(path, script, flags):
-            importlib.import_module(script).main(words_of(files, folder / path, script, flags))
+    def alone(path, script, flags):
+        importlib.import_module(script).main(words_of(files, folder / path, script, flags))
 
-        for name in ALONE:
-            alone(f"one/{name}", *RUNS[name])
-        alone("one/average", "grpo_flux", AVERAGE)
-        alone("two/average", "grpo_flux", AVERAGE | dict(max_train_steps=1))
-        listed = [[name, script, words_of(files, folder / "two" / name, script, flags)]
-                  for name, (script, flags) in RUNS.items()]  # fmt: skip
-        (folder / "runs.json").write_text(json.dumps(listed))
-        (folder / "driver.py").write_text(DRIVER)
-        process = torchrun(folder, "driver.py", str(ROOT))
-        (folder / "output").write_text(end(process, 400))
-        assert "all runs but the last are done" in (folder / "output").read_text(), (folder / "output").read_text()
-        alone("two/average", "grpo_flux", AVERAGE | dict(resume_from_checkpoint="latest"))
+    for name in ALONE:
+        alone(f"one/{name}", *RUNS[name])
+    alone("one/average", "grpo_flux", AVERAGE)
+    alone("two/average", "grpo_flux", AVERAGE | dict(max_train_steps=1))
+    listed = [[name, script, words_of(files, folder / "two" / name, script, flags)]
+              for name, (script, flags) in RUNS.items()]  # fmt: skip
+    (folder / "runs.json").write_text(json.dumps(listed))
+    (folder / "driver.py").write_text(DRIVER)
+    process = torchrun(folder, "driver.py", str(ROOT))
+    (folder / "output").write_text(end(process, 400))
+    assert "all runs but the last are done" in (folder / "output").read_text(), (folder / "output").read_text()
+    alone("two/average", "grpo_flux", AVERAGE | dict(resume_from_checkpoint="latest"))
     return folder
 
 

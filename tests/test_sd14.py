@@ -25,18 +25,10 @@ def make_run(folder, **flags):
     return sd.make_run(sd.parse_args(argv(folder, folder / "run", **flags)))
 
 
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
-    """Bitwise claims are about these kernels."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory):
     """A run that no test trains."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        return make_run(tmp_path_factory.mktemp("untrained"))
+    return make_run(tmp_path_factory.mktemp("untrained"))
 
 
 def with_flags(run, **flags):
