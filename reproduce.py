@@ -69,6 +69,9 @@ FAMILY = {
     "awm": ("awm", "--sde_window 0 --timestep_fraction 0.25"),
 }  # fmt: skip
 RATES = ("1e-4", "2e-4", "4e-4")
+# On Stable Diffusion: the default, and five of those whose page fits it and that FLUX tells apart from it most, by the
+# t of eval/hps. Its preset's learning rate is half of FLUX's, and so are these methods' rates.
+SD_FAMILY = ("default", "two updates", "kl", "k3", "ddpo", "tempflow")
 # Iterations of the default, and how often a run is evaluated after its start. The others have as many as end with it.
 # 16 of 36, in which it rises fastest, and 10 of them to find a rate: chosen before any result, to fit into three hours.
 SEARCH, SHOWN = (10, 1), (16, 2)
@@ -104,20 +107,27 @@ def write_prompt_files():
             file.write_text("\n".join(prompts[:size]) + "\n")
 
 
-def family(rates, length, reward="--reward hps"):
+def family(rates, length, reward="--reward hps", script="grpo_flux.py"):
     """{method, or method and rate: command}. rates: {method: learning rates}. length: SEARCH or SHOWN. Empty without
     the times of iterations."""
     file = DOCS / "family_times.json"
-    times = json.loads(file.read_text()) if file.exists() else {}
+    times = json.loads(file.read_text()).get(script, {}) if file.exists() else {}
     arms = {}
-    for name, (pages, flags) in FAMILY.items() if times else ():
+    for name in times:
+        pages, flags = method(name, script)
         steps = round(length[0] / times[name])
         often = math.ceil(steps / length[1])
-        command = f"grpo_flux.py --max_train_steps {steps} --validation_steps {often} --checkpointing_steps {steps}"
+        command = f"{script} --max_train_steps {steps} --validation_steps {often} --checkpointing_steps {steps}"
         for rate in rates.get(name, ()):
             arm = name if len(rates[name]) == 1 else f"{name}, {rate}"
             arms[arm] = f"{pages} {command} --eval_samples 2 {reward} {flags} --learning_rate {rate}".strip()
     return arms
+
+
+def method(name, script):
+    """A method's pages and flags. DDIM's noise is Flow-GRPO's already (variants/tempflow.md)."""
+    pages, flags = FAMILY[name]
+    return pages.removeprefix("flow_grpo ") if script == "grpo_sd14.py" else pages, flags
 
 
 def best_rates():
@@ -129,21 +139,21 @@ def best_rates():
     return {name: [max(of_rates, key=of_rates.get)] for name, of_rates in score.items()}
 
 
-def time_beside_the_default(name):
+def time_beside_the_default(script, name):
     """How long an iteration of a method takes, in iterations of the default: the median of 5 ratios after a first one.
     The two take turns in one process, on one thread, since a machine is not as fast in one minute as in the next."""
     torch.set_num_threads(1)
     iterations = []
     with tempfile.TemporaryDirectory() as folder:
         for arm in ("default", name):
-            pages, flags = FAMILY[arm]
+            pages, flags = method(arm, script)
             file = Path(folder, f"{arm}.py")
-            file.write_text(text_of(tuple(pages.split()), "grpo_flux.py"))
+            file.write_text(text_of(tuple(pages.split()), script))
             spec = importlib.util.spec_from_file_location(f"timed_{len(iterations)}", file)
-            script = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(script)
+            timed = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(timed)
             words = ["--reward", "hps", "--output_dir", f"{folder}/run of {arm}", *flags.split()]
-            iterations.append(functools.partial(script.train_step, script.make_run(script.parse_args(words))))
+            iterations.append(functools.partial(timed.train_step, timed.make_run(timed.parse_args(words))))
         ratios = []
         for i in range(6):
             begun = [(time.perf_counter(), iteration(i))[0] for iteration in iterations] + [time.perf_counter()]
@@ -153,10 +163,13 @@ def time_beside_the_default(name):
 
 def time_family():
     """Measures two methods at a time, as `run_all` runs them."""
-    others = list(FAMILY)[1:]
+    pairs = [("grpo_flux.py", name) for name in FAMILY] + [("grpo_sd14.py", name) for name in SD_FAMILY]
+    others = [(script, name) for script, name in pairs if name != "default"]
+    times = {script: {"default": 1.0} for script, _ in pairs}
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        ratios = harness.tqdm(pool.map(time_beside_the_default, others), total=len(others), desc="methods")
-        times = {"default": 1.0} | dict(zip(others, ratios))
+        ratios = pool.map(time_beside_the_default, *zip(*others))
+        for (script, name), ratio in zip(others, harness.tqdm(ratios, total=len(others), desc="methods")):
+            times[script][name] = ratio
     (DOCS / "family_times.json").write_text(json.dumps(times, indent=1) + "\n")
 
 
@@ -164,6 +177,8 @@ def experiments():
     own_noise = "--no-init_same_noise"
     best = family(best_rates(), SHOWN)
     under_jpeg = family(best_rates(), SHOWN, "--reward jpeg")
+    halves = {name: [f"{float(rate) / 2:g}"] for name, (rate,) in best_rates().items()}
+    of_sd = family(halves, SHOWN, script="grpo_sd14.py")
     few = "--prompts_per_step 3 --train_batch_size 48"
     no_kl = "--kl_beta 1e-9"  # as good as none, and the KL is measured
     equal_time = "eval/hps at equal time"
@@ -317,6 +332,12 @@ def experiments():
             "What came after, in equal time: each method at its best learning rate of three",
             best,
             [(OURS, name, "default", key) for name in list(best)[1:] for key in ("eval/hps", "eval/correct")],
+            ["eval/hps", "eval/clip", *JUDGE], "seconds",
+        ),
+        "family_sd": Experiment(
+            "The same on Stable Diffusion, for the methods that FLUX tells apart most",
+            of_sd,
+            [(OURS, name, "default", key) for name in list(of_sd)[1:] for key in ("eval/hps", "eval/correct")],
             ["eval/hps", "eval/clip", *JUDGE], "seconds",
         ),
         "family_jpeg": Experiment(

@@ -20,7 +20,9 @@ from test_variants import variant_of
 import grpo_flux
 
 EXPERIMENTS = reproduce.experiments()
-COMMANDS = sorted({c for e in EXPERIMENTS.values() for c in e.arms.values() if isinstance(c, str)})
+# Those of family_rates are those of family, shorter and at three learning rates.
+COMMANDS = sorted({c for name, e in EXPERIMENTS.items() for c in e.arms.values()
+                   if isinstance(c, str) and name != "family_rates"})  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -252,6 +254,29 @@ def test_the_report_has_each_experiment_with_its_verdicts(few, tmp_path, monkeyp
     assert "**not confirmed: the contrary** (paper): eval/hps of *b* above *a*" in page
     assert "* **yes** (our question): kl of *a* above *b*\n" in page
     assert page.index("a claim") < page.index("What we saw.") < page.index("**confirmed**") < page.index("| a |")
+
+
+def test_the_family_has_as_much_time_as_the_default_and_its_best_rates(tmp_path, monkeypatch, capsys):
+    """An iteration of nft takes 1.5 of the default's; 4e-4 is the best rate of awm, and 2e-4 of the others."""
+    monkeypatch.setattr(reproduce, "DOCS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "family"])
+    with pytest.raises(SystemExit):
+        reproduce.main()
+    assert "NAME family: must come after --time_family and family_rates" in capsys.readouterr().err
+    methods = {"grpo_flux.py": reproduce.FAMILY, "grpo_sd14.py": reproduce.SD_FAMILY}
+    times = {script: dict.fromkeys(names, 1.0) | {"nft": 1.5} for script, names in methods.items()}
+    del times["grpo_sd14.py"]["nft"]
+    (tmp_path / "family_times.json").write_text(json.dumps(times))
+    searched = reproduce.experiments()["family_rates"].arms
+    assert len(searched) == 48 and "--max_train_steps 7 --validation_steps 7" in searched["nft, 1e-4"]
+    best = {"1e-4": [0.7, 0.6], "2e-4": [0.68, 0.66], "4e-4": [0.6, 0.71]}
+    rows = {arm: {"eval/hps": [0.7, 0.7] if arm == "awm, 4e-4" else best[arm.split(", ")[1]]} for arm in searched}
+    (tmp_path / "family_rates.json").write_text(json.dumps({"rows": rows}))
+    known = reproduce.experiments()
+    shown, of_sd, under_jpeg = (known[f"family{kind}"].arms for kind in ("", "_sd", "_jpeg"))
+    assert "--max_train_steps 11" in shown["nft"] and "--learning_rate 4e-4" in shown["awm"]
+    assert [*of_sd] == [*reproduce.SD_FAMILY] and all("--learning_rate 0.0001" in command for command in of_sd.values())
+    assert of_sd["tempflow"].startswith("tempflow grpo_sd14.py") and "--reward jpeg" in under_jpeg["gspo"]
 
 
 @pytest.mark.parametrize(
