@@ -151,15 +151,16 @@ def test_a_page_names_its_commands_and_its_tests(page):
 
 
 @pytest.mark.parametrize("page, script", PAIRS)
-def test_a_changed_script_trains_with_a_ratio_of_1(page, script, build):
+def test_a_changed_script_trains_with_a_ratio_of_1(page, script, build, files):
     """Two updates, so that the second one has another ratio; an evaluation; with FLUX an iteration from other weights.
-    Of a video as few frames as there may be."""
+    Of a video as few frames as there may be. Networks of one block, but for Stable Diffusion's."""
     g = variant_of(script, page)
     flags = WINDOW | dict(eta=0.6, prompts_per_step=1, train_batch_size=2, num_updates=2)
     flags |= dict(sde_window=0) if page == "last_transition" else {}
     flags |= dict(shift=None, learning_rate=1e-4) if script == "grpo_sd14" else {}
     flags |= dict(reward="red:mean", eval_reward="red:mean", num_frames=5) if script == "grpo_hunyuan_video" else {}
     flags |= dict(num_frames=1) if script == "grpo_skyreel_i2v" else {}
+    flags |= small.one_block(files, script) if script != "grpo_sd14" else {}
     run = build(g, **flags, prompts=ROOT / "tiny/prompts_video_heldout.txt")
     run.eval_prompts = run.prompts = run.prompts[:1]
     for step in range(2 if script == "grpo_flux" else 1):
