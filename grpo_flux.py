@@ -36,7 +36,7 @@ from sde import flow_sde_step, flow_sigmas, joint_nats, standard_normal
 
 # Legend of shapes:  B samples of a process    b samples of a micro-batch    G samples of a group    K rewards
 #                    n steps of a rollout    T steps of the schedule    *L latent dimensions, D their product
-# Words:  step or transition, of the sampler   update, of the optimizer   iteration, a train_step (so prompts_per_step)
+# Words:  step or transition, of the sampler    update, of the optimizer    iteration, a train_step, a batch of prompts
 
 # ---- ARGUMENTS -------------------------------------------------------------------------------------------------------
 # Sources: "Table 6" of the paper; "authors", their launch script of that setting (16 GPUs, or LoRA on 8).
@@ -64,7 +64,7 @@ PRESETS = {
     ),
     "fast": REAL | FAST | dict(
         prompts_per_step=16, num_updates=1, gradient_checkpointing=False, train_batch_size=2,  # for 80 GB, not measured
-        learning_rate=3e-4, rank=128, lora_alpha=256, checkpointing_steps=60, max_train_steps=200,  # "lora"
+        learning_rate=3e-4, rank=128, lora_alpha=256, checkpointing_steps=60, max_train_steps=200,  # "lora": 301
     ),
     "paper": REAL | dict(num_inference_steps=25, prompts_per_step=32, num_updates=4),  # Table 6
     "official": REAL | dict(num_inference_steps=16, prompts_per_step=16, num_updates=3),  # authors

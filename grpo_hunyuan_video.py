@@ -38,7 +38,7 @@ from sde import flow_sde_step, flow_sigmas, joint_nats, standard_normal
 # Legend of shapes:  B samples of a process    b samples of a micro-batch    G samples of a group    K rewards
 #                    n steps of a rollout    T steps of the schedule    *L latent dimensions, D their product
 #                    F frames    F' latent frames
-# Words:  step or transition, of the sampler   update, of the optimizer   iteration, a train_step (so prompts_per_step)
+# Words:  step or transition, of the sampler    update, of the optimizer    iteration, a train_step, a batch of prompts
 
 # ---- ARGUMENTS -------------------------------------------------------------------------------------------------------
 # Sources: "Table 6" of the paper; "authors", their launch script of that setting (32 GPUs).

@@ -39,7 +39,7 @@ from sde import ddim_sde_step, joint_nats, standard_normal
 
 # Legend of shapes:  B samples of a process    b samples of a micro-batch    G samples of a group    K rewards
 #                    n steps of a rollout    T steps of the schedule    *L latent dimensions, D their product
-# Words:  step or transition, of the sampler   update, of the optimizer   iteration, a train_step (so prompts_per_step)
+# Words:  step or transition, of the sampler    update, of the optimizer    iteration, a train_step, a batch of prompts
 
 # ---- ARGUMENTS -------------------------------------------------------------------------------------------------------
 # Sources: "Table 6" and "App. C" of the paper; "authors", their launch script of that setting (8 GPUs).

@@ -44,7 +44,7 @@ from sde import flow_sde_step, flow_sigmas, joint_nats, standard_normal
 # Legend of shapes:  B samples of a process    b samples of a micro-batch    G samples of a group    K rewards
 #                    n steps of a rollout    T steps of the schedule    *L latent dimensions, D their product
 #                    F frames    F' latent frames
-# Words:  step or transition, of the sampler   update, of the optimizer   iteration, a train_step (so prompts_per_step)
+# Words:  step or transition, of the sampler    update, of the optimizer    iteration, a train_step, a batch of prompts
 
 # ---- ARGUMENTS -------------------------------------------------------------------------------------------------------
 # Sources: "Table 6" of the paper; "authors", their launch script of that setting (32 GPUs).
@@ -175,7 +175,7 @@ def load_models(args, device):
 
 
 def first_frames(models, args, prompts):
-    """First frames (n, 3, 1, H, W) in [-1, 1]: captioned images, or frames drawn once and kept with the run."""
+    """First frames (N, 3, 1, H, W) in [-1, 1]: captioned images, or frames drawn once and kept with the run."""
     drawn = Path(args.output_dir, "first_frames")
     files = {p: models.images.get(p, drawn / f"{hashlib.sha256(p.encode()).hexdigest()[:16]}.png") for p in prompts}
     missing = [prompt for prompt, file in files.items() if not file.exists()]

@@ -150,7 +150,7 @@ def check_run_flags(args):
     if args.prompts is None:
         refuse("--prompts", None, "a file of prompts, .txt or .jsonl: this preset has none")
     read_prompts("--prompts", args.prompts)
-    if args.eval_prompts is not None:
+    if args.eval_prompts:
         read_prompts("--eval_prompts", args.eval_prompts)
 
 

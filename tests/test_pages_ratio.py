@@ -66,9 +66,9 @@ def test_guard_takes_out_the_bias_and_the_length_of_the_step(sigma, sigma_next, 
 
 
 @pytest.mark.parametrize("pages, eta, before, after", [([], 0.3, 2.5, 5.9), (["flow_grpo"], 0.7, 22, 6.8)])
-def test_guard_evens_out_flow_grpo_alone(pages, eta, before, after):
-    """Largest over smallest spread of log-ratios, of 11 steps, if the velocity moves by 1 at each. After is the page's
-    log-ratio, std times the script's."""
+def test_the_figures_of_guard_with_either_noise(pages, eta, before, after):
+    """Largest over smallest spread of log-ratios, of 11 steps, if the velocity moves by 1 at each: of the script's
+    log-ratio, and of the page's, which is std times it."""
     g = variant_of("grpo_flux", *pages)
     args = SimpleNamespace(sde_window=0, num_inference_steps=12, tail_steps=0, eta=eta, shift=3.0)
     levels, etas = g.plan(args, 0)

@@ -21,8 +21,9 @@ import grpo_flux
 
 EXPERIMENTS = reproduce.experiments()
 # Those of family_rates are those of family, shorter and at three learning rates.
-COMMANDS = sorted({c for name, e in EXPERIMENTS.items() for c in e.arms.values()
-                   if isinstance(c, str) and name != "family_rates"})  # fmt: skip
+COMMANDS = {c for name, e in EXPERIMENTS.items() for c in e.arms.values() if isinstance(c, str)
+            and name != "family_rates"}  # fmt: skip
+COMMANDS = sorted(COMMANDS | {*reproduce.family(dict.fromkeys(reproduce.FAMILY, ["1e-4"]), reproduce.SHOWN).values()})
 
 
 @pytest.mark.parametrize("command", COMMANDS)

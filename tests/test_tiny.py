@@ -150,7 +150,7 @@ def test_image_to_video_goes_on_from_its_image(skyreels):
 
 
 def test_each_caption_of_a_moving_drawing_has_its_first_frame(monkeypatch, tmp_path):
-    """As make_tiny.py draws it: the asked object on the asked background, whole, and not moved yet."""
+    """As make_tiny.py draws it, and the judge finds what the caption asks for."""
     images = captioned_images(SimpleNamespace(images=str(TINY / "first_frames"), eval_prompts=None))
     captions = make_tiny.prompts_of("prompts_video") + VIDEO_HELD_OUT
     assert {*images} == {*captions} and len(captions) == 288
