@@ -568,6 +568,7 @@ def draw_points(name, experiment, rows):
             axis.plot(2 * [statistics.mean(row[key])], [height - 0.35, height + 0.35], color="tab:blue")
         axis.set(title=key, yticks=range(len(rows)), yticklabels=list(rows))
         axis.grid(axis="x", alpha=0.3)
+        axis.margins(y=0.01)
     axes[0].invert_yaxis()  # the first arm at the top
     figure.savefig(DOCS / f"{name}.png")
 
@@ -605,6 +606,11 @@ def draw(name, experiment, folders):
     figure.savefig(DOCS / f"{name}.png")
 
 
+def alike(row, other):
+    """True if two rows differ by no more than the rounding of a sampler that is written in another way."""
+    return row.keys() == other.keys() and numpy.allclose([*row.values()], [*other.values()], rtol=0, atol=1e-3)
+
+
 def perform(name, experiment, seeds, jobs):
     """Runs an experiment, writes its rows and its figure, and prints its table."""
     DOCS.mkdir(parents=True, exist_ok=True)
@@ -627,7 +633,7 @@ def perform(name, experiment, seeds, jobs):
         for arm, runs in folders.items():
             before, after = zip(*[figures_of(folder, experiment) for folder in runs])
             base = {key: [b[key] for b in before] for key in before[0]}
-            if base not in rows.values():  # another base model, another sampler or other prompts
+            if not any(alike(base, row) for row in rows.values()):  # another base model, another sampler, other prompts
                 rows[f"before {arm}" if rows else "before"] = base
             rows[arm] = {key: [a[key] for a in after] for key in after[0]}
         key = experiment.figures[0]
