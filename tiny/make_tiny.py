@@ -3,7 +3,7 @@
     python tiny/make_tiny.py                    all of them, in order
     python tiny/make_tiny.py clip hps           only these (each needs the ones above it in STAGES)
 
-    first_frames   drawings that SkyReels goes on from  PNG, and its caption in a .txt       tiny/first_frames
+    first_frames   drawings that SkyReels goes on from  WebP, and its caption in a .txt      tiny/first_frames
     vae            the autoencoder                      AutoencoderKL                        kept in tiny/.build
     flux           a FLUX pipeline with that VAE        FluxPipeline                         tiny/flux
     sd14           a Stable Diffusion pipeline with it  StableDiffusionPipeline              tiny/sd14
@@ -965,7 +965,7 @@ def make_first_frames():
         )  # fmt: skip
         image = world.draw(world.parse(caption), make, torch.Generator()).mul(255).round().byte()
         name = caption.replace(" ", "_")
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{name}.png", optimize=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{name}.webp", lossless=True, method=6)
         (folder / f"{name}.txt").write_text(f"{caption}\n")
 
 
