@@ -120,7 +120,7 @@ def test_every_flag_that_is_mentioned_exists(name, capsys):
     text = text_of(name)
     for theirs, _ in table("docs/paper_map.md", "their flag"):
         text = text.replace(f"| {theirs} |", "|")
-    text = re.sub(r"\b(pip|pytest|bench\.py|make_tiny\.py|torchrun|git)\b[^\n`&]*", "", text)  # flags of others
+    text = re.sub(r"\b(pip|pytest|bench\.py|make_tiny\.py|reproduce\.py|torchrun|git)\b[^\n`&]*", "", text)  # of others
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
     assert mentioned - flags(capsys) - FLAGS_OF_OTHERS == set()
 
