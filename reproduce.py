@@ -53,7 +53,7 @@ FULL = f"{HPS} --sde_window 0 --tail_steps 0 --eta 0.3 --learning_rate 1e-4"  # 
 SD = f"grpo_sd14.py {LENGTH} --reward hps"
 VIDEO = "grpo_hunyuan_video.py --max_train_steps 20 --validation_steps 5 --checkpointing_steps 20"  # the default's
 FRAME = f"{VIDEO} --num_frames 1 --eval_reward hps tiny/world.py:correct tiny/world.py:well_made"
-SKYREEL = "grpo_skyreel_i2v.py --images '' --max_train_steps 20 --validation_steps 5 --checkpointing_steps 20"
+SKYREEL = "grpo_skyreel_i2v.py --max_train_steps 20 --validation_steps 5 --checkpointing_steps 20"
 JUDGE = ["eval/correct", "eval/well_made"]
 VIDEO_JUDGE = ["eval/video_correct", "eval/well_drawn", "eval/smooth"]
 PAPER, OURS = "paper", "our question"
@@ -259,9 +259,10 @@ def experiments():
         ),
         "first_frame": Experiment(
             "MQ teaches a model that continues a given picture: MQ +118 % (paper, text of version 4)",
-            {"mq": f"{SKYREEL} --reward mq"},
-            [(PAPER, "mq", "before", "eval/mq"), (OURS, "mq", "before", "eval/video_correct"),
-             (OURS, "mq", "before", "eval/smooth")],
+            {"mq": f"{SKYREEL} --reward mq", "vq mq": f"{SKYREEL} --reward vq mq"},
+            [(PAPER, "mq", "before", "eval/mq"), (PAPER, "vq mq", "before", "eval/mq"),
+             *((OURS, arm, "before", f"eval/{name}") for arm in ("mq", "vq mq") for name in ("smooth", "video_correct")),
+             (OURS, "vq mq", "mq", "eval/well_drawn")],
             ["eval/mq", "eval/vq", "eval/ta", *VIDEO_JUDGE, "eval_std/mq"],
         ),
         "one_frame": Experiment(
