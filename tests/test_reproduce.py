@@ -252,10 +252,10 @@ def test_the_report_has_each_experiment_with_its_verdicts(few, tmp_path, monkeyp
     reproduce.report()
     page = (tmp_path / "docs/reproduce.md").read_text()
     assert "**a claim" in page and "| a | 0.600 ± 0.141 |" in page and "commit abc, 2 minutes" in page
-    assert "* **confirmed** (paper): eval/hps of *a* above *b*\n" in page and "## other\n\nNot run." in page
-    assert "**not confirmed: the contrary** (paper): eval/hps of *b* above *a*" in page
+    assert "* **holds** (paper): eval/hps of *a* above *b*\n" in page and "## other\n\nNot run." in page
+    assert "**does not hold: the contrary** (paper): eval/hps of *b* above *a*" in page
     assert "* **yes** (our question): kl of *a* above *b*\n" in page
-    assert page.index("a claim") < page.index("What we saw.") < page.index("**confirmed**") < page.index("| a |")
+    assert page.index("a claim") < page.index("What we saw.") < page.index("**holds**") < page.index("| a |")
 
 
 def test_the_family_has_as_much_time_as_the_default_and_its_best_rates(tmp_path, monkeypatch, capsys):
