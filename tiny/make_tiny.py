@@ -141,7 +141,9 @@ def make_tokenizer(start_token, words=WORDS, length=TEXT_LENGTH + 1):
 
 def tokenize(tokenizer, captions):
     kwargs = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-    return tokenizer(captions, max_length=tokenizer.model_max_length, **kwargs).input_ids.to(DEVICE)
+    ids = tokenizer(captions, max_length=tokenizer.model_max_length, **kwargs).input_ids.to(DEVICE)
+    tokenizer.backend_tokenizer.no_padding(), tokenizer.backend_tokenizer.no_truncation()  # they are not to be saved
+    return ids
 
 
 CLIP_TOKENS, T5_TOKENS = make_tokenizer(True), make_tokenizer(False, length=TEXT_LENGTH)
@@ -285,7 +287,7 @@ def make_sd14():
     # Stable Diffusion scales its latents, without a shift. The mean of these stays: it is a hundredth of their spread.
     vae.register_to_config(shift_factor=0.0)
     unet = UNet2DConditionModel(
-        sample_size=8, in_channels=16, out_channels=16, block_out_channels=(64, 96), layers_per_block=1,
+        sample_size=8, in_channels=16, out_channels=16, block_out_channels=(48, 80), layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=64, attention_head_dim=4, norm_num_groups=16,
     )  # fmt: skip
@@ -969,7 +971,7 @@ def make_first_frames():
         (folder / f"{name}.txt").write_text(f"{caption}\n")
 
 
-VAE_STEPS, FLUX_STEPS, SD14_STEPS, CLIP_STEPS, HPS_STEPS = 1800, 11800, 4000, 1600, 600
+VAE_STEPS, FLUX_STEPS, SD14_STEPS, CLIP_STEPS, HPS_STEPS = 1800, 11800, 11800, 1600, 600
 FRAME_VAE_STEPS, VIDEO_VAE_STEPS = 2000, 2500
 TEACHER_STEPS, HUNYUAN_STEPS, SKYREELS_STEPS, VIDEOALIGN_STEPS = 12000, 2000, 3000, 2500
 STAGES = {"prompts": make_prompts, "first_frames": make_first_frames, "vae": make_vae, "flux": make_flux,

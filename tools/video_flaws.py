@@ -1,6 +1,6 @@
 """Where do the flaws of HunyuanVideo's tiny videos come from: autoencoder, denoiser or reward?
 
-    python tools/video_flaws.py [TRANSFORMER ...]      a folder of trained weights, such as RUN/checkpoint-20/transformer
+    python tools/video_flaws.py [TRANSFORMER ...]      a folder of trained weights, such as RUN/checkpoints/step_000020/transformer
 
 72 videos, one of each colour, shape and background: perfect ones, the same through the autoencoder and with noise on
 their latents, and samples of the base model and of TRANSFORMER. For each kind it prints
