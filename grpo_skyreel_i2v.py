@@ -70,7 +70,7 @@ PRESETS = {
         num_inference_steps=12, eta=1.0, sde_window=3, sde_window_range=[0, 8], timestep_fraction=1.0,
         prompts_per_step=12, num_generations=12, num_updates=1, clip_range=1e-2, learning_rate=1e-4,
         true_cfg_scale=1.4,  # much of guidance hides the tiny model's flaws of motion, which training is to mend
-        train_batch_size=36, max_train_steps=20, validation_steps=10,
+        train_batch_size=36, max_train_steps=15, validation_steps=5,
     ),
     "lora": REAL | SCRIPT | dict(learning_rate=3e-4, rank=128, lora_alpha=256),  # the authors' of FLUX
     "fast": REAL | SCRIPT | FAST | dict(num_updates=1, learning_rate=3e-4, rank=128, lora_alpha=256),  # as "lora"

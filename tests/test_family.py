@@ -204,6 +204,18 @@ def test_without_noise_a_script_samples_what_its_pipeline_samples(script, flags,
     check_samples(module, run, MOVING, **CALLS[script][0](module, run))
 
 
+@pytest.mark.parametrize("script", ["grpo_flux", "grpo_sd14"])
+def test_many_images_are_decoded_as_one_by_one(script, tmp_path):
+    """Twelve at a time: 25 of them make three pieces, the last of one image."""
+    module = importlib.import_module(script)
+    run = module.make_run(module.parse_args(["--reward", "jpeg", "--output_dir", str(tmp_path)]))
+    latents = module.init_latents(run.models, run.args, [harness.seeded(i) for i in range(25)])
+    with torch.no_grad():
+        together = module.decode(run.models, run.args, latents)
+        alone = torch.cat([module.decode(run.models, run.args, row) for row in latents.split(1)])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("samples, rows", [(1, 1), (8, 1), (9, 2), (24, 3)])
 def test_a_picture_has_the_rows_that_its_samples_need(samples, rows, tmp_path):
     harness.draw_samples(torch.rand(samples, 3, 8, 8), ["a ring"] * samples, 0, tmp_path / "picture")
