@@ -205,13 +205,16 @@ def test_without_noise_a_script_samples_what_its_pipeline_samples(script, flags,
 
 
 @pytest.mark.parametrize("script", ["grpo_flux", "grpo_sd14"])
-def test_many_images_are_decoded_as_one_by_one(script, tmp_path):
-    """Twelve at a time: 25 of them make three pieces, the last of one image."""
+def test_many_images_are_decoded_twelve_at_a_time(script, tmp_path, monkeypatch):
+    """25 of them make three pieces, and each image is the one that it is alone."""
     module = importlib.import_module(script)
     run = module.make_run(module.parse_args(["--reward", "jpeg", "--output_dir", str(tmp_path)]))
     latents = module.init_latents(run.models, run.args, [harness.seeded(i) for i in range(25)])
+    sizes, decode = [], run.models.vae.decode
+    monkeypatch.setattr(run.models.vae, "decode", lambda part: sizes.append(len(part)) or decode(part))
     with torch.no_grad():
         together = module.decode(run.models, run.args, latents)
+        assert sizes == [12, 12, 1]
         alone = torch.cat([module.decode(run.models, run.args, row) for row in latents.split(1)])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 

@@ -1,13 +1,16 @@
 """Where do the flaws of HunyuanVideo's tiny videos come from: autoencoder, denoiser or reward?
 
-    python tools/video_flaws.py [TRANSFORMER ...]      a folder of trained weights, such as RUN/checkpoints/step_000020/transformer
+    python tools/video_flaws.py [TRANSFORMER ...]
+
+TRANSFORMER is a folder of trained weights, such as RUN/checkpoints/step_000020/transformer.
 
 72 videos, one of each colour, shape and background: perfect ones, the same through the autoencoder and with noise on
 their latents, and samples of the base model and of TRANSFORMER. For each kind it prints
 
-wrong hue   the share of pixels whose colour is nearer to the hue between two named colours than to the asked colour:
-            inside the object (more than half of full colour) and at its rim (15 to 50 %)
-fit         the overlap of an object's outline with the asked shape, in frames 1, 4, 6 and 9
+wrong hue   the share of pixels that are nearest to another of twelve hues, the six colours and those half way between
+            neighbours: inside the object (more than half of full colour), and at its rim (15 to 50 % of it, within two
+            pixels of the inside)
+fit         the overlap of an object's outline with the asked shape, in frames 1, 3, 5, 7 and 9
 seen        how vq, mq and ta change if a perfect object gets an orange rim or a bluish spot: what a reward does not
             see, it cannot mend
 """
@@ -29,7 +32,7 @@ from rewards import load_rewards  # noqa: E402
 COLOURS = list(world.COLOURS)  # in the order of the hues
 FULL = torch.tensor([world.COLOURS[name] for name in COLOURS])
 PALETTE = torch.cat([FULL, (FULL + FULL.roll(-1, 0)) / 2])  # the named colours, then the hues between neighbours
-FRAMES = (0, 3, 5, 8)
+FRAMES = (0, 2, 4, 6, 8)
 
 
 def perfect(captions, rng):
@@ -47,8 +50,8 @@ def cover_of(video, caption):
     return (video - ground).norm(dim=1) / (FULL[COLOURS.index(scene.objects[0][0])].view(3, 1, 1) - ground).norm()
 
 
-def hues(videos, captions, low, high):
-    """{colour: the share of its objects' pixels that has each hue of PALETTE}; of pixels between two covers."""
+def hues(videos, captions, rim):
+    """{colour: the share of its objects' pixels that has each hue of PALETTE}, of the rim or of the inside."""
     counts = {name: torch.zeros(len(PALETTE)) for name in COLOURS}
     for video, caption in zip(videos, captions):
         scene = world.parse(caption)
@@ -56,15 +59,19 @@ def hues(videos, captions, low, high):
         towards = F.normalize(PALETTE - ground, dim=1)
         nearest = torch.einsum("fchw,kc->fkhw", video - ground.view(3, 1, 1), towards).argmax(1)
         cover = cover_of(video, caption)
-        seen = nearest[(cover > low) & (cover < high)]
+        inside = cover > 0.5
+        near = F.max_pool2d(inside[:, None].float(), 5, 1, 2)[:, 0].bool()
+        seen = nearest[near & (cover > 0.15) & ~inside if rim else inside]
         counts[scene.objects[0][0]] += torch.bincount(seen, minlength=len(PALETTE))
     return {name: count / count.sum() for name, count in counts.items()}
 
 
 def fit(frame, caption):
-    """As the judge measures it: intersection over union with the shape, in a box of 24 x 24."""
+    """Intersection over union with the shape, in a box of 24 x 24: the judge's, without its median and its regions."""
     cover = cover_of(frame[None], caption)[0]
     half = cover > 0.5 * cover.flatten().quantile(0.98)
+    if not half.any():
+        return 0.0
     y, x = half.nonzero(as_tuple=True)
     box = half[y.min() : y.max() + 1, x.min() : x.max() + 1].float()
     box = F.interpolate(box[None, None], (24, 24), mode="bilinear", antialias=True)[0, 0]
@@ -73,7 +80,7 @@ def fit(frame, caption):
 
 
 def print_flaws(name, videos, captions):
-    inside, rim = (hues(videos, captions, *limits) for limits in ((0.5, 9), (0.15, 0.5)))
+    inside, rim = (hues(videos, captions, rim) for rim in (False, True))
     wrong = [1 - float(rim[colour][i]) for i, colour in enumerate(COLOURS)]
     orange = rim["red"][len(COLOURS) + COLOURS.index("red")]  # half way to yellow
     bluish = inside["purple"][len(COLOURS) + COLOURS.index("blue")]  # half way to purple
@@ -87,16 +94,16 @@ def print_flaws(name, videos, captions):
 
 
 def painted(videos, captions, what, mixed):
-    """Perfect videos with an orange rim of a pixel, or with a spot of 5 pixels in a hue half way to the neighbour."""
+    """Perfect videos with a rim of a pixel, or with a spot 5 pixels wide, in a hue half way to the neighbour."""
     out = []
     for video, caption in zip(videos, captions):
         cover = cover_of(video, caption).clamp(0, 1)
         if what == "rim":
             share = cover - (1 - F.max_pool2d(1 - cover[:, None], 3, 1, 1)[:, 0])
-        else:  # inside, half way through the pixels of the object
+        else:  # it moves with the object: three pixels above the bottom of its box, in the middle
             y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
-            centres = [(frame > 0.9).nonzero() for frame in cover]
-            centres = [points[len(points) // 2] for points in centres]
+            points = [(frame > 0.9).nonzero().float() for frame in cover]
+            centres = [(p[:, 0].max() - 3, (p[:, 1].min() + p[:, 1].max()) / 2) for p in points]
             share = torch.stack([((y - cy) ** 2 + (x - cx) ** 2 <= 6.25).float() for cy, cx in centres]) * cover
         full = FULL[COLOURS.index(world.parse(caption).objects[0][0])]
         out.append(video + share[:, None] * (mixed - full).view(3, 1, 1))
@@ -105,6 +112,9 @@ def painted(videos, captions, what, mixed):
 
 @torch.no_grad()
 def main():
+    for folder in sys.argv[1:]:
+        if not Path(folder, "config.json").is_file():
+            sys.exit(f"{folder}: not a folder with the weights of a transformer")
     rng, noise = random.Random(0), torch.Generator().manual_seed(0)
     captions = [f"a {colour} {shape} moving {rng.choice([*world.DIRECTIONS])} on {ground}"
                 for colour in COLOURS for shape in world.SHAPES for ground in world.BACKGROUNDS]  # fmt: skip
@@ -131,7 +141,7 @@ def main():
         print_flaws(f"base model, guidance {scale:.0f}", samples(scale), captions)
     for folder in sys.argv[1:]:
         pipe.transformer = HunyuanVideoTransformer3DModel.from_pretrained(folder, dtype=torch.float32)
-        print_flaws("trained, guidance 3", samples(3.0), captions)
+        print_flaws(f"{folder}, guidance 3", samples(3.0), captions)
 
     reward = load_rewards(["vq", "mq", "ta"], {"videoalign": str(ROOT / "tiny/videoalign")})
     for what, colour, other in (("rim", "red", "yellow"), ("spot", "purple", "blue")):
