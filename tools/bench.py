@@ -6,7 +6,8 @@
     python tools/bench.py --trl PYTHON             against TRL's DDPOTrainer, see tools/bench_trl.py
 
 loop_overhead  one iteration / the bare calls in it: the transformer's forward and forward+backward passes at the same
-               batch, the decoder and the reward. What is above 1 is the price of everything else in the script.
+               batch, the decoder and the reward. What is above 1 is the price of everything else in the script, but
+               for encoding the prompts: a run does that once for each, here in its first 8 iterations of 36.
 batch_gain     images trained a second at the default micro-batch / at micro-batch 1, the way of the authors' scripts.
 work           rows through the network in an iteration, rollout and update: the default / the same window without a
                coarse tail.
@@ -16,7 +17,8 @@ reward_rate    rise of held-out hps, and area under the rise over time: the defa
 profile        seconds of an iteration in the network's forward passes of rollout and update, its backward passes, the
                decoder, the rewards, and the rest; the median of the rounds.
 trl            a step of grpo_sd14.py / a step of TRL's trainer, on equal work: 144 images of 12 steps, all of them noisy
-               and trained, guidance, micro-batches of 72, one update.
+               and trained, guidance, micro-batches of 72, one update. Then one step of each under torch's profiler:
+               the seconds and calls of the operators that take longest, by themselves.
 """
 
 import argparse
@@ -172,6 +174,17 @@ def print_trl(rounds, folder, python):
         if step:  # the first is a warm-up
             ratios.append(ours / theirs)
             print(f"trl            {ours:.2f} / {theirs:.2f} s = {ratios[-1]:.3f}", flush=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        script.train_step(run, rounds + 1)
+    ours = {op.key: (op.self_cpu_time_total / 1e6, op.count) for op in profile.key_averages()}
+    peer.stdin.write("operators\n")
+    peer.stdin.flush()
+    theirs = json.loads(peer.stdout.readline())
+    for name in sorted(ours | theirs, key=lambda op: -max(ours.get(op, (0, 0))[0], theirs.get(op, (0, 0))[0]))[:20]:
+        (own_s, own_calls), (peer_s, peer_calls) = ours.get(name, (0, 0)), theirs.get(name, (0, 0))
+        print(f"trl            {name}: {own_s:.2f} s in {own_calls:,} / {peer_s:.2f} s in {peer_calls:,}")
+    totals = [sum(took for took, _ in kind.values()) for kind in (ours, theirs)]
+    print(f"trl            all operators: {totals[0]:.2f} / {totals[1]:.2f} s")
     peer.stdin.close()
     gib = float(peer.stdout.readline().split()[1])
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -198,6 +211,7 @@ def main():
         # Two prompts are enough to see the rate at micro-batch 1.
         single = make_run(f"{folder}/single", "--train_batch_size", "1", "--prompts_per_step", "2")
         bare = bare_iteration(default)
+        harness.conditions(default, default.prompts)  # encoded here, and then remembered
         loop_times = []
         bare_times = []
         gains = []

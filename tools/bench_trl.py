@@ -2,10 +2,12 @@
 
 Not for use by hand. bench.py --trl PYTHON starts it under the Python of another environment, which needs trl==0.12.2,
 transformers==4.46.3, diffusers==0.31.0, accelerate==1.1.1, peft==0.13.2 and huggingface_hub<0.27. For each line on
-standard input it takes one step and prints its seconds; the last line that it prints is its peak memory in GiB.
+standard input it takes one step and prints its seconds. For the line "operators" it prints what torch's profiler says of
+the step, {operator: (seconds, calls)}. The last line that it prints is its peak memory in GiB.
 """
 
 import itertools
+import json
 import resource
 import shutil
 import sys
@@ -39,7 +41,13 @@ def main():
         pipeline = DefaultDDPOStableDiffusionPipeline(str(model), use_lora=False)
         pipeline.sd_pipeline.to(torch.float32)
         trainer = DDPOTrainer(config, brightness, lambda: (next(prompts), {}), pipeline)
-        for epoch, _ in enumerate(sys.stdin):
+        for epoch, line in enumerate(sys.stdin):
+            if line == "operators\n":
+                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                    trainer.step(epoch, epoch)
+                said = {op.key: (op.self_cpu_time_total / 1e6, op.count) for op in profile.key_averages()}
+                print(json.dumps(said), flush=True)
+                continue
             start = time.perf_counter()
             trainer.step(epoch, epoch)
             print(f"seconds {time.perf_counter() - start:.3f}", flush=True)
