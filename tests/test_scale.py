@@ -14,9 +14,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from diffusers import AutoModel
 from safetensors.torch import load_file
+from test_grpo import lines_of
 
 import small
-from small import TIMES
 
 ROOT = Path(__file__).resolve().parents[1]
 # Three held-out prompts do not come out even on two processes.
@@ -64,7 +64,7 @@ for name, script, words in json.load(open("runs.json")):
 
 
 def words_of(files, folder, script, flags):
-    return [str(word) for word in small.argv(files, folder, **small.one_block(files, script) | flags)]
+    return small.argv(files, folder, **small.one_block(files, script) | flags)
 
 
 def torchrun(folder, script, *words):
@@ -106,12 +106,6 @@ def runs(files, tmp_path_factory):
     assert "all runs but the last are done" in (folder / "output").read_text(), (folder / "output").read_text()
     alone("two/average", "grpo_flux", AVERAGE | dict(resume_from_checkpoint="latest"))
     return folder
-
-
-def lines_of(folder):
-    """metrics.jsonl without what a clock says."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
 def exported(folder, step):
