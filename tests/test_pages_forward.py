@@ -177,7 +177,7 @@ def test_a_difference_of_the_two_passes_stops_the_run(page, build, monkeypatch):
 
 
 @BOTH
-def test_resumed_run_is_the_unbroken_one(page, build):
+def test_resumed_run_is_the_unbroken_one(page, build, files):
     """Bit for bit: the weights and the metrics of the second iteration."""
     g, flags = variant_of("grpo_flux", page), FLAGS | WINDOW | dict(num_updates=2)
     run = build(g, **flags)
@@ -185,7 +185,7 @@ def test_resumed_run_is_the_unbroken_one(page, build):
     run.step = 1
     harness.save_checkpoint(run)
     run.lock.release()
-    resumed = g.make_run(g.parse_args(argv(run.folder.parent, run.folder, **flags, resume_from_checkpoint="latest")))
+    resumed = g.make_run(g.parse_args(argv(files, run.folder, **flags, resume_from_checkpoint="latest")))
     wanted, found = g.train_step(run, 1), g.train_step(resumed, 1)
     assert torch.equal(flat(resumed.parameters), flat(run.parameters))
     assert all(found[name] == wanted[name] for name in wanted.keys() - small.TIMES)

@@ -21,7 +21,7 @@ from test_cli import refused
 import harness
 import sde
 import small
-from small import REWARDS, WINDOW, advantages_by_hand, argv, close, flat, loss_gradient, surrogate_by_hand
+from small import WINDOW, advantages_by_hand, argv, close, flat, loss_gradient, surrogate_by_hand
 from variants import apply
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,18 +55,16 @@ def page_text(page):
 
 
 @pytest.fixture
-def build(tmp_path):
+def build(files, tmp_path):
     """build(module, **flags) -> a run of this script, as its main() would make it."""
-    (tmp_path / "rewards.py").write_text(REWARDS)
-    prompts = (ROOT / "tiny/prompts_heldout.txt").read_text().splitlines()
-    (tmp_path / "heldout.txt").write_text("\n".join(prompts[:3]))
     numbers = iter(range(1000))
-    return lambda g, **flags: g.make_run(g.parse_args(argv(tmp_path, tmp_path / f"run{next(numbers)}", **flags)))
+    return lambda g, **flags: g.make_run(g.parse_args(argv(files, tmp_path / f"run{next(numbers)}", **flags)))
 
 
 # ---- APPLYING A PAGE ---------------------------------------------------------------------------------------------
 def test_every_page_is_tested_and_small():
     assert sorted([*FITS, *MODELS, *BUGS]) == sorted(apply.pages()) and len(BUGS) == 16
+    assert {f"bugs/{name}" for name in re.findall(r"\]\((\w+)\.md\)", page_text("bugs/README"))} == {*BUGS}
     for page in FITS:
         changed = re.findall(r"^[+-]", "".join(re.findall(r"^```diff.*?^```", page_text(page), re.M | re.S)), re.M)
         assert 0 < len(changed) <= (60 if page in ("nft", "awm") else 30), (page, len(changed))
@@ -249,14 +247,14 @@ def test_the_kl_is_0_at_first_and_holds_the_policy_near_the_base_model(build):
     assert 0 < drift[10.0] < drift[1e-9] / 2
 
 
-def test_after_a_resume_the_base_model_is_the_one_before_training(build):
+def test_after_a_resume_the_base_model_is_the_one_before_training(build, files):
     g, flags = variant_of("grpo_flux", "kl"), WINDOW | dict(prompts_per_step=1, kl_beta=0.1, rank=2, lora_alpha=2)
     run = build(g, **flags)
     g.train_step(run, 0)
     run.step = 1
     harness.save_checkpoint(run)
     run.lock.release()
-    words = argv(run.folder.parent, run.folder, **flags, resume_from_checkpoint="latest")
+    words = argv(files, run.folder, **flags, resume_from_checkpoint="latest")
     resumed = g.make_run(g.parse_args(words))
     assert all(map(torch.equal, resumed.base.shadow_params, run.base.shadow_params))
     assert not torch.equal(flat(resumed.parameters), flat(resumed.base.shadow_params))
@@ -306,6 +304,9 @@ def test_random_timesteps_are_those_of_the_script():
         (["nft"], "--nft_beta 0", "--nft_beta: 0: must be float, from 1e-09 to 1"),
         (["awm"], "--awm_power 2", "--awm_power: 2: must be float, from 1e-09 to 1"),
         (["nft"], "--init_same_noise", "unrecognized arguments: --init_same_noise"),
+        (["branch"], "--num_generations 11", "--num_generations 11: must be even"),
+        (["branch"], "--no-init_same_noise", "--no-init_same_noise with a tree: must be left out"),
+        (["k3"], "--k3_beta 0", "--k3_beta: 0: must be float, from 1e-09"),
     ],
 )
 def test_a_page_refuses_what_it_cannot_do(pages, words, said, capsys):
@@ -381,6 +382,7 @@ def ode(script, steps, page=None):
     one: x keeps its place in units of the spread of its marginal."""
     g = variant_of(script, *([page] if page else []))
     flow = script != "grpo_sd14"
+    step = sde.flow_sde_step if flow else sde.ddim_sde_step
     # A rollout takes the second order after its noise: so a short step comes first that counts as one with noise.
     levels = torch.linspace(0.9, 0.1, steps + 1) if flow else torch.linspace(0.2, 0.9, steps + 1)
     levels = [0.9000001 if flow else 0.1999999, *levels.double().tolist()]
@@ -394,26 +396,19 @@ def ode(script, steps, page=None):
         noise = sigma / total**2 * latents  # E[noise | x]
         return noise - 0.25 * alpha / total**2 * latents if flow else noise
 
+    def policy_step(args, output, latents, level, next_level, eta, generator):  # without the noise of the first one
+        return step(output, latents, level, next_level, 0.0)
+
     latents = torch.full((1, 1), parts(levels[0])[2], dtype=torch.float64)
     run = types.SimpleNamespace(args=types.SimpleNamespace(decode_x0=False, compile=False), models=None)
     run.device, run.models = torch.device("cpu"), types.SimpleNamespace(policy=None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(g, "predict", predict)
         patch.setattr(g, "decode", lambda models, args, latents: latents)
-        patch.setattr(g, "policy_step", step_of(flow))
+        patch.setattr(g, "policy_step", policy_step)
         etas = [1e-9] + [0.0] * steps
         trajectory, _, _ = g.rollout(run, latents, {}, levels, etas, [torch.Generator()])
     return abs(float(trajectory[0, -1]) - parts(levels[-1])[2])
-
-
-def step_of(flow):
-    """The script's step on float64 latents, without the noise of the first one."""
-    step = sde.flow_sde_step if flow else sde.ddim_sde_step
-
-    def policy_step(args, output, latents, level, next_level, eta, next_latents=None, generator=None):
-        return step(output, latents, level, next_level, 0.0)
-
-    return policy_step
 
 
 @pytest.mark.parametrize("script", ["grpo_flux", "grpo_sd14"])
@@ -505,7 +500,3 @@ def test_a_bug_of_the_zoo_is_caught_by_the_test_that_is_named(page, pytester, mo
     (failed,) = seen.getfailures()
     # Caught, and not merely broken: by an assertion, by the run itself, or since a graph is there that should not be.
     assert re.search("AssertionError|RunError|backward through the graph", str(failed.longrepr)), failed.longrepr
-
-
-def test_the_list_of_bugs_has_them_all():
-    assert {f"bugs/{name}" for name in re.findall(r"\]\((\w+)\.md\)", page_text("bugs/README"))} == {*BUGS}
