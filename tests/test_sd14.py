@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from test_cli import refused
 
 import grpo_sd14 as sd
-from small import REWARDS, argv
+from small import REWARDS, argv, flat
 
 TINY = Path(__file__).resolve().parents[1] / "tiny"
 PROMPTS = ["a red circle on white", "a blue ring above a green square on black", "a cyan triangle on grey"]
@@ -26,62 +26,28 @@ def make_run(folder, **flags):
     return sd.make_run(sd.parse_args(argv(folder, folder / "run", **flags)))
 
 
-@pytest.fixture(scope="module")
-def untrained(tmp_path_factory):
-    """A run that no test trains."""
-    return make_run(tmp_path_factory.mktemp("untrained"))
-
-
-def with_flags(run, **flags):
-    """The same models under other flags."""
-    return SimpleNamespace(**vars(run) | {"args": SimpleNamespace(**vars(run.args) | flags)})
-
-
-def state(run):
-    """Three latents, their cond, and the T timesteps of diffusers' own scheduler."""
-    scheduler = DDIMScheduler.from_pretrained(run.args.pretrained_model_name_or_path, subfolder="scheduler")
-    scheduler.set_timesteps(run.args.num_inference_steps)
-    latents = sd.init_latents(run.models, run.args, [sd.seeded(i) for i in range(3)])
-    return latents, sd.encode_prompts(run.models, run.args, PROMPTS), scheduler.timesteps
-
-
 # ---- GUIDANCE ----------------------------------------------------------------------------------------------------
-def separate(run, latents, timestep, cond):
-    """The unconditional and the conditional prediction, each by a call of its own."""
-    texts = (cond["negative_prompt_embeds"].float(), cond["prompt_embeds"].float())
-    return [run.models.policy(latents, timestep, text).sample for text in texts]
+def test_guidance_is_its_formula_at_every_timestep_and_both_of_its_halves_are_trained(tmp_path):
+    """Guided g = u + w (c - u): the gradient is (1 - w) du + w dc. At w = 1 the network is asked for c alone."""
+    run, rows = make_run(tmp_path, num_inference_steps=7), []
+    policy, alone = run.models.policy, SimpleNamespace(**vars(run.args) | {"guidance_scale": 1})
+    scheduler = DDIMScheduler.from_pretrained(run.args.pretrained_model_name_or_path, subfolder="scheduler")
+    scheduler.set_timesteps(7)
+    latents = sd.init_latents(run.models, run.args, [sd.seeded(i) for i in range(3)])
+    cond = sd.encode_prompts(run.models, run.args, PROMPTS)
+    texts = cond["negative_prompt_embeds"].float(), cond["prompt_embeds"].float()
+    policy.register_forward_pre_hook(lambda network, inputs: rows.append(len(inputs[0])))
+    for level, timestep in zip(sd.schedule(run.args).tolist()[:-1], scheduler.timesteps, strict=True):
+        u, c = (policy(latents, timestep, text).sample for text in texts)
+        rows.clear()
+        guided = sd.predict(policy, run.args, latents, level, cond)
+        torch.testing.assert_close(guided, u + 5 * (c - u), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(sd.predict(policy, alone, latents, level, cond), c, rtol=1e-4, atol=1e-4)
+        assert rows == [6, 3] and (guided - c).norm() > 1e-4 * guided.norm()
 
-
-@torch.no_grad()
-def test_guidance_is_its_formula_at_every_timestep(untrained):
-    """At scale 1 the network is asked for the conditional prediction alone."""
-    rows = []
-    hook = untrained.models.policy.register_forward_pre_hook(lambda network, inputs: rows.append(len(inputs[0])))
-    for scale in (1.0, 5.0):
-        run = with_flags(untrained, guidance_scale=scale, num_inference_steps=7)
-        latents, cond, timesteps = state(run)
-        for level, timestep in zip(sd.schedule(run.args).tolist()[:-1], timesteps, strict=True):
-            guided = sd.predict(run.models.policy, run.args, latents, level, cond)
-            assert rows.pop() == (3 if scale == 1 else 6) and rows == []
-            uncond, conditional = separate(run, latents, timestep, cond)
-            rows.clear()
-            torch.testing.assert_close(guided, uncond + scale * (conditional - uncond), rtol=1e-4, atol=1e-4)
-            assert scale == 1 or (guided - conditional).norm() > 1e-4 * guided.norm()
-    hook.remove()
-
-
-def test_both_halves_of_the_guidance_are_trained(untrained):
-    """Guided g = u + w (c - u): the gradient is (1 - w) du + w dc."""
-    latents, cond, timesteps = state(untrained)
     probe = torch.randn(latents.shape, generator=sd.seeded("probe"))
-
-    def gradient(output):
-        parts = torch.autograd.grad((output * probe).sum(), untrained.parameters)
-        return torch.cat([part.flatten() for part in parts])
-
-    du, dc = map(gradient, separate(untrained, latents, timesteps[1], cond))
-    level = float(sd.schedule(untrained.args)[1])
-    both = gradient(sd.predict(untrained.models.policy, untrained.args, latents, level, cond))
+    outputs = guided, u, c  # of the last timestep
+    both, du, dc = (flat(torch.autograd.grad((output * probe).sum(), run.parameters)) for output in outputs)
     assert du.norm() > 0.1 * dc.norm()
     assert (both - (-4 * du + 5 * dc)).norm() < 1e-3 * both.norm()
 
