@@ -854,18 +854,13 @@ def test_three_processes_evaluate_what_one_does(build, monkeypatch):
 
 
 # ---- LEARNING ----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("reward", ["red", "cyan"])
-def test_ten_iterations_move_held_out_ode_samples_the_way_the_reward_asks(reward, build):
-    """One reward is the other's negative: the same machinery must push the same figure both ways."""
+def test_ten_iterations_move_held_out_ode_samples_the_way_the_reward_asks(build):
+    """Those of test_sd14.py move the same figure the other way."""
     run = build(
-        pretrained_model_name_or_path=TINY / "flux", reward=reward, eval_reward=("cyan" if reward == "red" else "red"),
-        eval_samples=2, eta=1, sde_window=2, sde_window_range=(0, 1), num_generations=8, train_batch_size=16,
-        max_grad_norm=1, adam_weight_decay=0,
+        pretrained_model_name_or_path=TINY / "flux", eval_samples=2, eta=1, sde_window=2, sde_window_range=(0, 1),
+        num_generations=8, train_batch_size=16, max_grad_norm=1, adam_weight_decay=0,
     )  # fmt: skip
     before = g.evaluate(run, 0)
     for step in range(10):
         g.train_step(run, step)
-    after = g.evaluate(run, 10)
-    rise = {name: after[f"eval/{name}"] - before[f"eval/{name}"] for name in ("red", "cyan")}
-    assert rise[reward] > 0.03
-    assert rise["red"] == pytest.approx(-rise["cyan"], abs=1e-5)
+    assert g.evaluate(run, 10)["eval/red"] > before["eval/red"] + 0.03
