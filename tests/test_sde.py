@@ -668,11 +668,6 @@ STABLE_DIFFUSION = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scale
 STABLE_DIFFUSION |= dict(clip_sample=False, steps_offset=1)
 
 
-def alpha_bars_of(scheduler):
-    """The T + 1 levels of a scheduler's own grid."""
-    return torch.cat([scheduler.alphas_cumprod[scheduler.timesteps], scheduler.final_alpha_cumprod[None]])
-
-
 @pytest.mark.parametrize(
     ("num_steps", "kind", "config"),
     [
@@ -686,7 +681,7 @@ def test_ddim_is_diffusers(num_steps, kind, config):
     """(26): each timestep of the grid with the same noise; bit for bit at η = 0."""
     scheduler = DDIMScheduler(**STABLE_DIFFUSION | config, prediction_type=kind)
     scheduler.set_timesteps(num_steps)
-    levels = alpha_bars_of(scheduler)
+    levels = torch.cat([scheduler.alphas_cumprod[scheduler.timesteps], scheduler.final_alpha_cumprod[None]])
     assert (levels[-1] == 1) == config.get("set_alpha_to_one", True)
     assert (levels[0] == 0) == ("rescale_betas_zero_snr" in config)
     output, latents, noise = random_step((2, 4, 5, 5))
