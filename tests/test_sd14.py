@@ -54,7 +54,6 @@ def test_guidance_is_its_formula_at_every_timestep_and_both_of_its_halves_are_tr
 
 # ---- THE RATIO AND THE UPDATE ------------------------------------------------------------------------------------
 RATIO = [
-    dict(),
     dict(mixed_precision="bf16", num_updates=2, decode_x0=True),
     dict(mixed_precision="bf16", rank=4, lora_alpha=8, gradient_checkpointing=True, best_of_n=2),
 ]
