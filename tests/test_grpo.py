@@ -170,7 +170,6 @@ CASES = {
         WINDOW | dict(adv_clip_max=0.8, reward=("red", "number"), reward_weights=(3, 3)), [1, 2],
     ),
     "other guidance and shift": (WINDOW | dict(guidance_scale=1.5, shift=1.7), [1, 2]),
-    "gradient checkpointing": (WINDOW | dict(gradient_checkpointing=True), [1, 2]),
     "LoRA": (WINDOW | dict(rank=4, lora_alpha=12), [1, 2]),
     "clipped gradient": (WINDOW | dict(max_grad_norm=1e-3), [1, 2]),
 }  # fmt: skip
@@ -243,11 +242,10 @@ def test_gradient_checkpointing_recomputes(build):
 def test_the_optimizer_is_adamw_with_the_flags_that_were_given(build):
     run = build(learning_rate=3e-4, adam_weight_decay=0.25)
     before = flat(run.parameters)
-    metrics = g.train_step(run, 0)
+    g.train_step(run, 0)
     # AdamW's first step: decay, then lr in each direction that has a gradient well above eps.
     change = (flat(run.parameters) - before * (1 - 3e-4 * 0.25)).abs()
     assert float(change.median()) == pytest.approx(3e-4, rel=0.02) and float(change.max()) < 3e-4 * 1.01
-    assert metrics["lr"] == 3e-4
 
 
 # ---- PROMPTS, WINDOWS, SEEDS -------------------------------------------------------------------------------------
@@ -421,7 +419,6 @@ def test_trained_are_a_share_of_the_transitions_with_noise_that_matters(flags, c
         g.train_step(run, 1)
         assert [levels.index(level) for level, _, _ in log.scored] != trained  # and in each iteration
     assert metrics["ratio_transitions"] == rows * count
-    assert math.isfinite(metrics["loss"])
     harness.print_header(run, count, 6, 1024, 10.24)
     header = capsys.readouterr().out
     assert f"transitions  {rows * count} trained: {count} of the 6 steps of a rollout" in header
@@ -627,11 +624,9 @@ def train_step_that(monkeypatch, act, at):
     monkeypatch.setattr(g, "train_step", lambda run, step: (step + 1 == at and act(run), train_step(run, step))[1])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_lets_the_iteration_finish_and_a_second_does_not_wait(
-    number, files, tmp_path, unbroken, monkeypatch, capsys
-):
-    before = signal.getsignal(number)
+def test_a_signal_lets_the_iteration_finish_and_a_second_does_not_wait(files, tmp_path, unbroken, monkeypatch, capsys):
+    """SIGTERM is that of test_scale.py."""
+    number, before = signal.SIGINT, signal.getsignal(signal.SIGINT)
 
     def act(run):
         signal.raise_signal(number)
