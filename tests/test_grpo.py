@@ -305,24 +305,6 @@ def test_the_tail_has_as_many_steps_as_asked_for_evenly_chosen(tail_steps, tail,
     assert g.plan(args, 0) == (schedule, [0.7] * 8)
 
 
-def test_a_rollout_goes_where_the_plan_says_and_decodes_the_last_x0(build, watch):
-    """A tail of fewer steps, against the network called by hand: training scores what the whole plan ends in."""
-    run = build(num_inference_steps=8, sde_window=2, sde_window_range=(3, 3), tail_steps=2)
-    log = watch(run, frozen=True)
-    g.train_step(run, 0)
-    args, levels = run.args, g.plan(run.args, 0)[0]
-    trajectory = log.trajectories[0]
-    assert trajectory.shape[:2] == (8, 8)
-    cond = harness.stack(harness.conditions(run, log.prompts), "cpu")
-    with torch.no_grad():
-        for t in (0, 1, 2, 5, 6):  # of the ODE
-            velocity = g.predict(run.models.policy, args, trajectory[:, t].contiguous(), levels[t], cond)
-            expected = trajectory[:, t] + (levels[t + 1] - levels[t]) * velocity
-            torch.testing.assert_close(trajectory[:, t + 1], expected, rtol=1e-5, atol=1e-5)
-        expected = g.decode(run.models, args, trajectory[:, 6] - levels[6] * velocity)  # of step 6, the last one
-    torch.testing.assert_close(log.samples[0], expected, rtol=0, atol=1e-5)
-
-
 def test_noise_belongs_to_its_row_and_iteration_whatever_the_micro_batch(build, watch):
     """All that is drawn in two iterations of two seeds: standard normal, and no two vectors share a thing."""
     drawn = {}
