@@ -54,6 +54,7 @@ FILES = {
     "broken.py": b"def mine(\n", "torn/args.json": b"",
     "other_model/model_index.json": b'{"_class_name": "StableDiffusionPipeline"}',
     "no_image/a.png": b"no image", "no_image/a.txt": b"a cat", "truncated/a.txt": b"a cat", "no_caption/a.txt": b"\n",
+    "without_image/a.txt": b"a cat", "two_images/a.txt": b"a cat", "two_images/a.png": b"", "two_images/a.jpg": b"",
     "two_lines/a.txt": b"a\nb", "cp1252/a.txt": "ein grüner Kreis".encode("cp1252"),
     "same_caption/a.txt": b"a cat", "same_caption/b.txt": b"a cat",
 }  # fmt: skip
@@ -95,7 +96,8 @@ def gone(*args, **how):
 @pytest.fixture
 def folder(files, tmp_path, monkeypatch):
     """The folder of these files, beside an empty working directory; whoever loads a model fails the test."""
-    for module, name in ((g, "load_models"), (g, "load_reward_flags"), (FluxPipeline, "from_pretrained")):
+    loaders = [(importlib.import_module(script), "load_models") for script in SCRIPTS]
+    for module, name in (*loaders, (g, "load_reward_flags"), (FluxPipeline, "from_pretrained")):
         monkeypatch.setattr(module, name, lambda *args, **kwargs: pytest.fail("a model was loaded"))
     monkeypatch.setattr(DOWNLOAD, gone)
     monkeypatch.chdir(tmp_path)
@@ -108,18 +110,10 @@ tiny                         --preset huge
 unrecognized                 --nonsense 1 | --learn 1e-3
 int, from 0                  --seed x | --seed -1
 nosuch.*hps.*clip.*jpeg      --reward nosuch
-two                          --reward hps hps
-no file                      --reward FILES/absent.py:mine
-defines mine                 --reward FILES/mine.py:yours
 broken.py                    --reward FILES/broken.py:mine
-nosuch                       --eval_reward nosuch
 2 values                     --reward hps clip --reward_weights 1
-1 values                     --reward_weights 1 2 | --reward_thresholds 1 2
 nan: must be float           --reward_thresholds nan
 path                         --reward_paths hps
-absent                       --reward_paths hps=FILES/absent
-vit                          --reward_paths vit=FILES
-two paths for 'hps'          --reward_paths hps=FILES hps=FILES
 UTF-8                        --prompts FILES/absent.txt | --prompts FILES/number.jsonl | --prompts FILES/latin.txt
 UTF-8                        --prompts FILES/keyless.jsonl | --prompts FILES/broken.jsonl | --prompts FILES/list.jsonl
 UTF-8                        --prompts FILES/surrogate.jsonl | --prompts FILES/text.jsonl | --prompts FILES/deep.jsonl
@@ -136,7 +130,7 @@ hf://datasets/OWNER/NAME     --prompts hf://datasets/../name/a.txt | --prompts h
 hf://datasets/OWNER/NAME     --prompts hf://datasets/owner/name@../x.txt
 model_index.json             --model FILES | --model FILES/absent
 FluxPipeline                 --model FILES/other_model
-multiple of 16               --height 60
+multiple of 16               --height 60 | grpo_hunyuan_video --height 24
 from 8                       --width 0
 at least 2                   --num_generations 1 | --sde_window 0 --sde_window_range 0 0 --num_inference_steps 1
 even, at most 12             --best_of_n 14 | --best_of_n 3
@@ -157,7 +151,7 @@ from 1 to 1e\+06             --num_updates 0 | --prompts_per_step 0 | --train_ba
 from 1 to 1e\+06             --validation_steps 0 | --eval_samples 0 | --checkpointing_steps 0
 from 1 to 1e\+06             --checkpoints_total_limit 0 | --train_batch_size 99999999999999999999
 --resume_from_checkpoint     --output_dir FILES/run
-a folder                     --output_dir FILES/empty.txt
+a folder                     --output_dir FILES/empty.txt | --output_dir FILES/empty.txt/run
 a checkpoint's folder        --resume_from_checkpoint FILES/absent | --resume_from_checkpoint=
 of a run                     --resume_from_checkpoint latest | --resume_from_checkpoint latest --output_dir FILES
 args.json                    --resume_from_checkpoint FILES/copied/step_000002
@@ -168,8 +162,20 @@ FILES/run, the folder        --resume_from_checkpoint FILES/run/checkpoints/step
 hps                          --resume_from_checkpoint latest --output_dir FILES/run --reward clip
 tiny/flux                    --resume_from_checkpoint latest --output_dir FILES/run --model TINY/../tiny/flux
 begins above alpha_bar 0     grpo_sd14 --num_inference_steps 10 --model FILES/sd
+1 more than a multiple of 4  grpo_hunyuan_video --num_frames 8
+from 1 to 1000               grpo_hunyuan_video --num_frames 0 | grpo_skyreel_i2v --true_cfg_scale 0.5
+whole videos, of 2 frames    grpo_hunyuan_video --num_frames 1 --reward vq
+hps:first_frame              grpo_hunyuan_video --reward hps
+be a HunyuanVideoPipeline    grpo_hunyuan_video --model TINY/flux
+or HunyuanVideoPipeline      grpo_skyreel_i2v --model TINY/flux
+network that takes 32        grpo_skyreel_i2v --transformer TINY/hunyuan_video/transformer
+diffusers' layout            grpo_skyreel_i2v --transformer TINY/clip | grpo_skyreel_i2v --transformer nowhere
+be a FluxPipeline            grpo_skyreel_i2v --images= --first_frame_model TINY/sd14
+captioned 'a blue circle     grpo_skyreel_i2v --images= --first_frame_model nowhere
+a folder of images           grpo_skyreel_i2v --images FILES/absent | grpo_skyreel_i2v --images FILES/folder.txt
 a.png: must be a whole       grpo_skyreel_i2v --images FILES/truncated | grpo_skyreel_i2v --images FILES/no_image
 a.txt: must be one line      grpo_skyreel_i2v --images FILES/no_caption | grpo_skyreel_i2v --images FILES/two_lines
+a.txt: must be one line      grpo_skyreel_i2v --images FILES/without_image | grpo_skyreel_i2v --images FILES/two_images
 b.txt: must be one line      grpo_skyreel_i2v --images FILES/same_caption
 a.txt: must be a text in     grpo_skyreel_i2v --images FILES/cp1252
 """
@@ -319,8 +325,6 @@ def test_a_tilde_is_the_home_folder(monkeypatch):
 
 # ---- PROMPTS -----------------------------------------------------------------------------------------------------
 PROMPTS = ["a red circle", "ein grüner\u2028Kreis"]  # this separator ends no line
-
-
 KINDS = {
     "unix.txt": "\n".join(PROMPTS).encode() + b"\n\n",
     "mac.txt": "\r".join(PROMPTS).encode() + b"\r",
