@@ -1,10 +1,8 @@
 """What the two video scripts have of their own: their pipelines' calls, first frames, and guidance beside an image."""
 
-import itertools
 import json
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline, HunyuanSkyreelsImageToVideoPipeline, HunyuanVideoPipeline
@@ -49,14 +47,11 @@ RATIO = [
 
 
 @both_scripts
-def test_in_bf16_what_is_frozen_is_in_bf16_and_what_is_trained_in_fp32(script, video):
-    check_types_of_bf16(video(script, mixed_precision="bf16", rank=2, lora_alpha=2))
-
-
-@both_scripts
 @pytest.mark.parametrize("flags", RATIO, ids=lambda flags: "-".join(f"{k}={v}" for k, v in flags.items()))
 def test_ratio_is_exactly_1_before_the_first_update(script, flags, video):
     run = video(script, **flags)
+    if "rank" in flags:
+        check_types_of_bf16(run)
     for step in range(2):
         metrics = script.train_step(run, step)
         assert metrics["ratio_max_dev"] == 0.0 and metrics["grad_norm"] > 0
@@ -146,6 +141,7 @@ def pairs(tmp_path):
         image = Image.new("RGB", (96, 64), (0, 255, 0))
         image.paste((80 * i, 0, 255), (16, 0, 80, 64))
         options = dict(lossless=True) if suffix == "webp" else dict(quality=100, subsampling=0)
+        image = image.convert("RGBA") if suffix == "png" else image
         image.save(folder / f"{i}.{suffix}", **options)
         (folder / f"{i}.txt").write_text(f"{prompt}\n")
     return folder
@@ -160,18 +156,6 @@ def test_images_of_a_folder_are_first_frames_and_their_captions_the_prompts(vide
     assert not (run.folder / "first_frames").exists()
 
 
-def test_grey_images_and_turned_ones_are_read_as_they_look(video, pairs):
-    Image.new("L", (64, 64), 51).save(pairs / "0.png")
-    turned = Image.new("RGB", (64, 64), "red")
-    turned.paste("blue", (0, 0, 64, 32))
-    orientation = Image.Exif()
-    orientation[0x0112] = 3  # upside down
-    turned.save(pairs / "2.jpg", exif=orientation, quality=100, subsampling=0)
-    run = video(skyreel, images=pairs)
-    grey, _, photo = skyreel.first_frames(run.models, run.args, PROMPTS)[:, :, 0] / 2 + 0.5
-    assert torch.allclose(grey, torch.tensor(0.2)) and photo[0, :24].min() > 0.9 and photo[2, 40:].min() > 0.9
-
-
 def test_held_out_images_and_prompts_without_one(video, pairs, tmp_path):
     """A folder of held-out pairs brings its images; what has none is drawn."""
     prompts = tmp_path / "prompts.txt"
@@ -182,19 +166,6 @@ def test_held_out_images_and_prompts_without_one(video, pairs, tmp_path):
     assert not (run.folder / "first_frames").exists()
     skyreel.first_frames(run.models, run.args, run.eval_prompts + run.prompts)
     assert len([*(run.folder / "first_frames").iterdir()]) == 1
-
-
-@both_scripts
-def test_the_animation_has_the_frames(script, video):
-    run = video(script, num_frames=5)
-    script.evaluate(run, 0)
-    with Image.open(run.folder / "samples/step_000000.webp") as animation:
-        assert animation.n_frames == 5 and animation.is_animated
-        pictures = []
-        for frame in range(5):
-            animation.seek(frame)
-            pictures.append(np.array(animation.convert("RGB")).astype(int))
-    assert all(np.abs(a - b).max() > 20 for a, b in itertools.pairwise(pictures))
 
 
 @both_scripts
@@ -222,54 +193,6 @@ def test_the_export_loads_in_diffusers_and_is_the_policy_that_was_trained(script
 
 
 # ---- THE COMMAND LINE --------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "script, command, accepted",
-    [
-        (hunyuan, "--num_frames 8", "1 more than a multiple of 4"),
-        (hunyuan, "--num_frames 0", "from 1"),
-        (hunyuan, "--height 24", "multiple of 16"),
-        (hunyuan, f"--model {TINY}/flux", "must be a HunyuanVideoPipeline"),
-        (hunyuan, f"--model {TINY}/sd14", "must be a HunyuanVideoPipeline"),
-        (hunyuan, "--reward vq --num_frames 1", "2 frames or more"),
-        (hunyuan, "--reward hps", "first_frame"),
-        (skyreel, "--true_cfg_scale 0.5", "from 1"),
-        (skyreel, f"--transformer {TINY}/hunyuan_video/transformer", "a network that takes 32 channels"),
-        (skyreel, f"--transformer {TINY}/clip", "diffusers' layout"),
-        (skyreel, "--transformer nowhere", "diffusers' layout"),
-        (skyreel, f"--model {TINY}/flux", "must be a HunyuanSkyreelsImageToVideoPipeline or HunyuanVideoPipeline"),
-        (skyreel, f"--first_frame_model {TINY}/sd14 --images=", "must be a FluxPipeline"),
-        (skyreel, "--first_frame_model nowhere --images=", "no image is captioned 'a blue circle moving down"),
-        (skyreel, f"--images nowhere --prompts {TINY}/prompts_video.txt", "a folder of images"),
-        (skyreel, f"--images empty --prompts {TINY}/prompts_video.txt", "a folder of images"),
-        (skyreel, "--images without_image", "a.txt: must be one line beside one image"),
-        (skyreel, "--images two_images", "a.txt: must be one line beside one image"),
-        (skyreel, "--images two_lines", "a.txt: must be one line beside one image"),
-        (skyreel, "--images same_caption", "b.txt: must be one line beside one image"),
-    ],
-)
-def test_bad_input_is_refused_in_one_line(script, command, accepted, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(script, "load_models", lambda *args: pytest.fail("a model was loaded"))
-    monkeypatch.chdir(tmp_path)
-    for folder, images, captions in (
-        ("empty", [], {}),
-        ("without_image", [], {"a": "a red circle"}),
-        ("two_images", ["a.png", "a.jpg"], {"a": "a red circle"}),
-        ("two_lines", ["a.png"], {"a": "a red circle\na blue circle"}),
-        ("same_caption", ["a.png", "b.png"], {"a": "a red circle", "b": "a red circle"}),
-    ):
-        (tmp_path / folder).mkdir()
-        for name in images:
-            Image.new("RGB", (64, 64)).save(tmp_path / folder / name)
-        for name, caption in captions.items():
-            (tmp_path / folder / f"{name}.txt").write_text(caption)
-    with pytest.raises(SystemExit) as stop:
-        script.main(command.split())
-    output = capsys.readouterr()
-    assert stop.value.code == 2 and output.out == "" and output.err.count("\n") == 1
-    assert command.split()[0] in output.err and accepted in output.err, output.err
-    assert not (tmp_path / "outputs").exists()
-
-
 def test_where_every_prompt_has_an_image_nothing_has_to_draw(pairs):
     words = ["--images", str(pairs), "--eval_prompts", str(pairs), "--first_frame_model", "nowhere"]
     assert skyreel.parse_args(words).prompts == str(pairs)
