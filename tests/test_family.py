@@ -8,6 +8,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
@@ -224,3 +225,14 @@ def test_a_picture_has_the_rows_that_its_samples_need(samples, rows, tmp_path):
     harness.draw_samples(torch.rand(samples, 3, 8, 8), ["a ring"] * samples, 0, tmp_path / "picture")
     with Image.open(tmp_path / "picture.png") as picture:
         assert picture.size == (1200, 50 + 190 * rows)
+
+
+def test_the_animation_has_the_frames(tmp_path):
+    harness.draw_samples(torch.rand(2, 5, 3, 8, 8), ["a ring"] * 2, 0, tmp_path / "animation")
+    with Image.open(tmp_path / "animation.webp") as animation:
+        assert animation.n_frames == 5 and animation.is_animated
+        pictures = []
+        for frame in range(5):
+            animation.seek(frame)
+            pictures.append(np.array(animation.convert("RGB")).astype(int))
+    assert all(np.abs(a - b).max() > 20 for a, b in itertools.pairwise(pictures))
