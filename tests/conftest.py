@@ -1,6 +1,7 @@
 import importlib
 import itertools
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -47,3 +48,11 @@ def build(files, tmp_path):
         return module.make_run(module.parse_args(words))
 
     return start
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    """A copy of the tiny FLUX, to be spoiled, in an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "tiny/flux", "model")
+    return tmp_path / "model"
