@@ -3,7 +3,6 @@
 import ast
 import json
 import pickle
-import shutil
 from pathlib import Path
 
 import pytest
@@ -31,14 +30,6 @@ def mark(tmp_path):
     return tmp_path / "mark"
 
 
-@pytest.fixture
-def model(tmp_path, monkeypatch):
-    """A copy of the tiny FLUX in the working directory."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(harness.HERE / "tiny/flux", "model")
-    return tmp_path / "model"
-
-
 def load_or_stop():
     """Loads the model as a run does; a refusal is as good."""
     try:
@@ -57,8 +48,6 @@ def test_a_pickle_in_a_rewards_checkpoint_is_not_run(mark, tmp_path):
     torch.save(Payload(mark), file)
     with pytest.raises(pickle.UnpicklingError):
         rewards.load_pickle(file, harness.checkpoints.fingerprint(file))  # even with the right sha256
-    with pytest.raises(ValueError, match="expected sha256 0123, got"):
-        rewards.load_pickle(file, "0123")
     assert not mark.exists()
 
 
