@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import io
 import math
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -197,12 +198,17 @@ def test_letterbox_keeps_the_whole_picture_centred(height, width, size):
     torch.testing.assert_close(picture, pil_resize(image[0], len(rows), len(columns)), rtol=0, atol=5e-5)
 
 
+def test_a_very_flat_image_can_be_scored():
+    assert rewards.letterbox(torch.rand(1, 3, 16, 8192), 224).shape == (1, 3, 224, 224)
+
+
 CROPS = [  # (H, W), size -> resized (h, w), (top, left) of transformers and of torchvision
     ((60, 100), 32, (32, 53), (0, 10), (0, 10)),
     ((50, 50), 32, (32, 32), (0, 0), (0, 0)),
     ((37, 20), 32, (59, 32), (13, 0), (14, 0)),  # 27 rows too many
     ((115, 112), 224, (230, 224), (3, 0), (3, 0)),  # 224 * (115 / 112) is 229.99999999999997
     ((160, 165), 224, (224, 231), (0, 3), (0, 4)),
+    ((229, 224), 224, (229, 224), (2, 0), (2, 0)),  # 5 rows too many: half of it is rounded to the even 2
 ]
 
 
@@ -325,15 +331,16 @@ def test_sizes_come_from_the_model(tmp_path):
 
 CLEANED = {
     "‘a’ “red” circle": "'a' \"red\" circle", "red &amp; blue": "red & blue", "red &amp;amp; blue": "red & blue",
-    "&ldquo;a&rdquo;": '"a"', "red &amp;amp; < blue": "red & < blue",
+    "&ldquo;a&rdquo;": '"a"', "red &amp;amp; < blue": "red & < blue", "schÃ¶n": "schön", "ﬁve": "five",
+    "ＲＥＤ": "RED",
 }  # fmt: skip
 
 
 def test_prompts_are_cleaned_like_the_original(clip):
     assert [rewards.clean(raw) for raw in CLEANED] == [rewards.clean(plain) for plain in CLEANED.values()]
-    assert [rewards.clean(raw) for raw in CLEANED] == list(CLEANED.values())
     for name, cleans in (("clip", True), ("hps", True), ("pick", False)):  # PickScore's processor cleans nothing
         reward = rewards.load_rewards([name], {name: clip}).rewards[name]
+        assert [reward.tidy(raw) for raw in CLEANED] == [*(CLEANED.values() if cleans else CLEANED)]
         raw, plain = reward.text_features([*CLEANED]), reward.text_features([*CLEANED.values()])
         assert ((raw - plain).abs().amax(1) < 1e-6).all() == cleans
 
@@ -488,6 +495,33 @@ def test_own_functions(own):
     for name in ("as_tensor", "as_array", "as_list"):
         assert scores[name].dtype == torch.float32
         torch.testing.assert_close(scores[name], wanted)
+
+
+AT_IMPORT = """
+import os
+import torch
+
+torch.set_grad_enabled(False)
+torch.set_default_dtype(torch.float16)
+torch.set_default_device("meta")
+os.chdir("/")
+
+
+def one(images, prompts):
+    return [1.0] * 2
+"""
+
+
+def test_what_the_import_of_a_reward_changes_is_put_back(tmp_path, monkeypatch):
+    def of_the_process():
+        return torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device(), os.getcwd()
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(AT_IMPORT)
+    before = of_the_process()
+    assert rewards.run_file("own.py").one(None, None) == [1.0, 1.0]
+    assert before == of_the_process()
+    assert torch.as_tensor(torch.empty(2, device="meta")).device.type == "meta", "no mode of torch's is left"
 
 
 DEFINES = "own.py defines as_tensor, .*matrix, not "
