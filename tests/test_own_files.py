@@ -1,4 +1,4 @@
-"""What other people bring: their prompts, images, rewards and models. Each kind works, or is refused in one line."""
+"""What other people bring: prompts, images, rewards, models, terminals. Each works, or is refused in one line."""
 
 import contextlib
 import io
@@ -6,6 +6,9 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +24,7 @@ import grpo_flux as g
 import grpo_skyreel_i2v as skyreel
 import harness
 import rewards
+import small
 
 TINY = harness.HERE / "tiny"
 OWN = """
@@ -137,9 +141,11 @@ def test_images_look_as_they_look_elsewhere(tmp_path):
         image.save(tmp_path / name)
         assert harness.read_image(tmp_path / name).getpixel((3, 3)) == wanted, name
     turned = Image.new("RGB", (8, 4))
+    turned.paste("white", (0, 0, 4, 4))  # the left half, which is to be at the top
     turned.getexif()[274] = 6  # a camera held upright
     turned.save(tmp_path / "turned.jpg", exif=turned.getexif())
-    assert harness.read_image(tmp_path / "turned.jpg").size == (4, 8)
+    upright = harness.read_image(tmp_path / "turned.jpg")
+    assert upright.size == (4, 8) and upright.getpixel((2, 0))[0] > 200 and upright.getpixel((2, 7))[0] < 50
 
 
 def test_of_a_folder_only_images_and_captions_count_and_what_is_left_out_is_said(tmp_path, monkeypatch, capsys):
@@ -169,14 +175,6 @@ def test_of_a_folder_only_images_and_captions_count_and_what_is_left_out_is_said
 
 
 # ---- MODELS ------------------------------------------------------------------------------------------------------
-@pytest.fixture
-def model(tmp_path, monkeypatch):
-    """A copy of the tiny FLUX, to be spoiled."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(TINY / "flux", "model")
-    return tmp_path / "model"
-
-
 def test_a_config_that_is_no_config_is_refused(model, capsys):
     config = json.loads((model / "vae/config.json").read_text())
     lacking = [{k: v for k, v in config.items() if k != "block_out_channels"}, config | {"block_out_channels": None}]
@@ -211,6 +209,46 @@ def test_weights_that_are_not_whole_end_the_run_with_one_line(fault, part, model
         g.make_run(g.parse_args("--model model --output_dir run --reward jpeg --eval_reward jpeg".split()))
     assert re.search("error: while loading: ", stop.value.code) and "\n" not in stop.value.code
     assert not Path("run/metrics.jsonl").exists()
+
+
+def test_a_tokenizer_without_a_limit_takes_the_pipelines(model):
+    file = model / "tokenizer_2/tokenizer_config.json"
+    config = json.loads(file.read_text())
+    del config["model_max_length"]
+    file.write_text(json.dumps(config))
+    args = g.parse_args(["--model", "model"])
+    models = g.load_models(args, torch.device("cpu"))
+    assert models.pipe.tokenizer_2.model_max_length > 10**6
+    assert g.encode_prompts(models, args, ["a red circle"])["encoder_hidden_states"].shape[1] == 512
+
+
+def test_a_folder_with_weights_of_another_variant_says_so(model):
+    for file in (model / "transformer").glob("*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    with pytest.raises(harness.RunError, match="it has .*fp16.safetensors: a variant"):
+        g.load_models(g.parse_args(["--model", "model"]), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("entry", [[], ["transformers"], "transformers", None])
+def test_a_part_of_a_pipeline_that_is_not_named_is_none_of_ours(entry, model, monkeypatch):
+    index = json.loads((model / "model_index.json").read_text()) | {"text_encoder": entry}
+    (model / "model_index.json").write_text(json.dumps(index))
+    small.patch(monkeypatch, "from_pretrained", lambda network, *words, **how: (network, {"missing_keys": []}))
+    assert harness.load_text_encoders(str(model), torch.float32).keys() == {"text_encoder_2"}
+
+
+def test_a_network_without_an_adapter_of_diffusers_takes_a_lora():
+    """peft's own injection works for every class."""
+    network = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 4))
+    harness.add_lora(network, SimpleNamespace(rank=2, lora_alpha=4), ["0"])
+    trained = {name for name, p in network.named_parameters() if p.requires_grad}
+    assert trained == {"0.lora_A.default.weight", "0.lora_B.default.weight"}
+
+
+def test_conditions_of_different_lengths_are_named():
+    conditions = [{"tokens": torch.zeros(1, length, 8)} for length in (3, 5)]
+    with pytest.raises(ValueError, match="must pad: 'tokens' has the shapes .*3, 8.*5, 8"):
+        harness.stack(conditions, "cpu")
 
 
 # ---- THE FOLDER OF A RUN -----------------------------------------------------------------------------------------
@@ -358,3 +396,48 @@ def test_a_warning_is_said_once(tmp_path, capsys):
         harness.record(run, step(number, advantage_abs_mean=0.0))
     said = capsys.readouterr().out
     assert said.count("warning: ") == 1 and "warning: iteration 1: no group can teach" in said and run.step == 3
+
+
+# ---- TERMINALS ---------------------------------------------------------------------------------------------------
+def test_a_message_and_a_picture_appear_whatever_the_terminal_and_the_backend(tmp_path):
+    """A terminal that cannot show a message does not end a run. Notebooks set a backend, which a shell command of
+    theirs inherits; it need not be installed. A glyph that a font lacks is no warning."""
+    code = """
+import json
+from pathlib import Path
+
+import harness
+import torch
+
+harness.say("ein gr\\xfcner Kreis")
+harness.draw_samples(torch.rand(2, 3, 8, 8), ["a", "\\u4e00"], 0, Path("picture"))
+Path("metrics.jsonl").write_text(json.dumps({"step": 0, "eval/x": 1.0}))
+harness.draw_curves(Path("."))
+"""
+    backend = dict(MPLBACKEND="no_such_backend", PYTHONIOENCODING="ascii")
+    how = dict(cwd=tmp_path, env=os.environ | backend | {"PYTHONPATH": str(harness.HERE)})
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **how)
+    assert done.returncode == 0 and done.stderr == "" and "gr\\xfcner" in done.stdout, done.stderr
+    for name in ("picture.png", "curve.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.width > 100
+
+
+@pytest.mark.parametrize("before, last", [(signal.SIG_DFL, 2), (signal.SIG_IGN, 3)], ids=["terminal", "nohup"])
+def test_a_run_ends_with_a_checkpoint_when_its_terminal_closes_but_not_under_nohup(before, last, tmp_path, monkeypatch):
+    saved = []
+    small.patch(monkeypatch, "save_checkpoint", lambda run: saved.append(run.step))
+    run = SimpleNamespace(step=0, saved=0, pending=None, consistent=True, signalled=False, stopped=False, lock=None)
+    run.device, run.folder = torch.device("cpu"), tmp_path
+    run.args = SimpleNamespace(max_train_steps=3, checkpointing_steps=100)
+    found = signal.signal(signal.SIGHUP, before)
+    try:
+        with harness.keep_last_iteration(run):
+            for iteration in harness.iterations(run):
+                if iteration == 1:
+                    signal.raise_signal(signal.SIGHUP)
+                run.step = iteration + 1
+        assert signal.getsignal(signal.SIGHUP) == before
+    finally:
+        signal.signal(signal.SIGHUP, found)
+    assert saved == [last] and run.stopped == (last == 2)
