@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_rewards import offline  # noqa: F401, no test may reach the network
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLModel
@@ -29,15 +30,6 @@ SHA256 = hashlib.sha256(TEMPLATE.encode()).hexdigest()
 NORMS = {"VQ_mean": 0.3, "VQ_std": 2.0, "MQ_mean": -0.1, "MQ_std": 0.5, "TA_mean": 0.2, "TA_std": 1.5}
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError(f"download of {args}")
-
-    monkeypatch.setattr(rewards.huggingface_hub, "snapshot_download", refuse)
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-
-
 def tokenizer():
     words = {w: i for i, w in enumerate(["<pad>", "<unk>", *WORDS.split()])}
     fast = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -49,9 +41,8 @@ def tokenizer():
 
 def architecture():
     words = tokenizer()
-    ids = {f"{n}_token_id": words.convert_tokens_to_ids(f"<|{t}|>") for n, t in
-           {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start",
-            "vision_end": "vision_end"}.items()}  # fmt: skip
+    ids = {f"{name.removesuffix('_pad')}_token_id": words.convert_tokens_to_ids(f"<|{name}|>")
+           for name in ("image_pad", "video_pad", "vision_start", "vision_end")}  # fmt: skip
     return ids | {
         "text_config": {
             "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
