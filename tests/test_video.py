@@ -110,26 +110,21 @@ def test_the_image_is_encoded_as_the_first_frame_and_zeros_follow(video):
     assert given[:, 16:, 1:].abs().max() == 0
 
 
-def test_first_frames_are_those_of_flux(video):
+def test_first_frames_are_those_of_flux_drawn_once_and_kept(video, monkeypatch):
     run = video(skyreel, seed=3)
-    frames = skyreel.first_frames(run.models, run.args, PROMPTS)
+    frames = skyreel.first_frames(run.models, run.args, [*PROMPTS, PROMPTS[0]])
+    assert frames.shape == (4, 3, 1, 64, 64) and -1 <= frames.min() < frames.max() <= 1
+    assert torch.equal(frames[0], frames[3]) and not torch.equal(frames[0], frames[1])
     pipe = FluxPipeline.from_pretrained(run.args.first_frame_model, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     for frame, prompt in zip(frames, PROMPTS):  # the seed of the run does not matter: all runs are evaluated alike
         expected = pipe(prompt, height=64, width=64, num_inference_steps=30, guidance_scale=3.5, max_sequence_length=12,
                         generator=skyreel.seeded("first frame", prompt), output_type="pt").images[0]  # fmt: skip
         assert (frame[:, 0] / 2 + 0.5 - expected).abs().max() < 0.5 / 255 + 1e-4  # they were kept in 8 bits
-
-
-def test_first_frames_are_drawn_once_and_kept(video, monkeypatch):
-    run = video(skyreel)
-    frames = skyreel.first_frames(run.models, run.args, [*PROMPTS, PROMPTS[0]])
-    assert torch.equal(frames[0], frames[3]) and not torch.equal(frames[0], frames[1])
     assert len([*(run.folder / "first_frames").iterdir()]) == 3
     monkeypatch.setattr(skyreel, "draw_first_frames", None)
     run.models.painter = None
     assert torch.equal(skyreel.first_frames(run.models, run.args, PROMPTS[::-1]), frames[:3].flip(0))
-    assert frames.shape == (4, 3, 1, 64, 64) and -1 <= frames.min() < frames.max() <= 1
 
 
 @pytest.fixture
