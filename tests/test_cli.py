@@ -158,8 +158,6 @@ args.json                    --resume_from_checkpoint FILES/copied/step_000002
 args.json                    --resume_from_checkpoint FILES/torn/checkpoints/step_000002
 FILES/run, the folder        --resume_from_checkpoint FILES/run/checkpoints/step_000002 --output_dir OTHER
 2.0: must be 0.0002          --resume_from_checkpoint latest --output_dir FILES/run --learning_rate 2
-1: must be 0, as             --resume_from_checkpoint latest --output_dir FILES/run --seed 1
-hps                          --resume_from_checkpoint latest --output_dir FILES/run --reward clip
 tiny/flux                    --resume_from_checkpoint latest --output_dir FILES/run --model TINY/../tiny/flux
 begins above alpha_bar 0     grpo_sd14 --num_inference_steps 10 --model FILES/sd
 1 more than a multiple of 4  grpo_hunyuan_video --num_frames 8
