@@ -170,9 +170,11 @@ def test_another_method_or_model_is_another_run(few, monkeypatch):
 
 
 def test_a_run_that_fails_stops_the_experiment_with_its_error(monkeypatch, tmp_path):
+    failed = SimpleNamespace(returncode=2, stderr="out of paint")
     monkeypatch.setattr(reproduce, "RUNS", tmp_path)
-    with pytest.raises(SystemExit, match="must be float, from 0.001"):  # of the script: in a process, as every run is
-        reproduce.run("grpo_flux.py --max_train_steps 1 --eta 0", 0)
+    monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(run=lambda words, capture_output, **how: failed))
+    with pytest.raises(SystemExit, match="out of paint"):
+        reproduce.run("grpo_flux.py --max_train_steps 1", 0)
 
 
 def test_the_best_of_n_is_the_mean_over_all_draws(monkeypatch, tmp_path):
