@@ -143,8 +143,9 @@ def pairs(tmp_path):
 
 
 def test_images_of_a_folder_are_first_frames_and_their_captions_the_prompts(video, pairs):
-    run = video(skyreel, images=pairs)
-    assert run.prompts == PROMPTS
+    """Where every prompt has an image, nothing has to draw."""
+    run = video(skyreel, images=pairs, eval_prompts=pairs, first_frame_model="nowhere")
+    assert run.prompts == run.eval_prompts == PROMPTS
     for i, frame in enumerate(skyreel.first_frames(run.models, run.args, PROMPTS)):
         expected = torch.tensor([80.0 * i, 0, 255]).view(3, 1, 1, 1).expand(3, 1, 64, 64)
         assert (frame * 127.5 + 127.5 - expected).abs().max() < (3 if i == 2 else 0.01)  # the JPEG is not exact
@@ -187,12 +188,7 @@ def test_the_export_loads_in_diffusers_and_is_the_policy_that_was_trained(script
     assert change > 1e-3 * before.norm() and (loaded - trained).norm() < 1e-3 * change
 
 
-# ---- THE COMMAND LINE --------------------------------------------------------------------------------------------
-def test_where_every_prompt_has_an_image_nothing_has_to_draw(pairs):
-    words = ["--images", str(pairs), "--eval_prompts", str(pairs), "--first_frame_model", "nowhere"]
-    assert skyreel.parse_args(words).prompts == str(pairs)
-
-
+# ---- PRESETS -----------------------------------------------------------------------------------------------------
 # The paper and the script differ in frames, steps, noise, groups and updates (HunyuanVideo); both take guidance 6.018,
 # which the script writes as 6018, and SkyReels one update, for it is guided (appendix C).
 LORA = dict(learning_rate=3e-4, rank=128, lora_alpha=256)
