@@ -57,7 +57,7 @@ PRESETS = {
         reward_paths=[f"hps={HERE}/tiny/hps", f"clip={HERE}/tiny/clip"],
         eval_reward=["hps", "clip", f"{HERE}/tiny/world.py:correct", f"{HERE}/tiny/world.py:well_made"],
         num_inference_steps=12, eta=0.6, sde_window=3, sde_window_range=[0, 4], tail_steps=4, timestep_fraction=1.0,
-        prompts_per_step=12, num_updates=1, clip_range=1e-2, learning_rate=1e-4, guidance_scale=2.0, ema_decay=0.9,
+        prompts_per_step=12, num_updates=1, clip_range=1e-2, learning_rate=1e-4, guidance_scale=2.5, ema_decay=0.9,
         max_train_steps=80, validation_steps=20,
     ),
     "lora": REAL | dict(

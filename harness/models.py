@@ -170,6 +170,7 @@ def prepare_policy(run, part, lora_targets):
             module.to(run.device)
     run.trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     run.parameters = list(run.trained.values())
+    # Its decay begins low and grows with the updates, (1 + u) / (10 + u), until it is that of the flag.
     run.ema = EMAModel(run.parameters, decay=args.ema_decay) if args.ema_decay else None
 
 
