@@ -294,8 +294,9 @@ def loss_gradient(objectives, policy):
     return flat(torch.autograd.grad(-objectives.mean(), trained))
 
 
-def check_types_of_bf16(run):
-    """Of a LoRA in --mixed_precision bf16: what is trained is in fp32, and all that is frozen in bf16."""
-    assert {(p.requires_grad, p.dtype) for p in run.models.policy.parameters()} == {
-        (True, torch.float32), (False, torch.bfloat16)}  # fmt: skip
-    assert {p.dtype for p in (*run.models.vae.parameters(), *run.models.encoders[0].parameters())} == {torch.bfloat16}
+def check_types(run):
+    """What is trained is in fp32, with a LoRA or without. In --mixed_precision bf16 all that is frozen is in bf16."""
+    assert {p.dtype for p in run.parameters} == {torch.float32}
+    parts = run.models.policy, run.models.vae, run.models.encoders[0]
+    frozen = {p.dtype for part in parts for p in part.parameters() if not p.requires_grad}
+    assert frozen == {torch.bfloat16 if run.args.mixed_precision == "bf16" else torch.float32}

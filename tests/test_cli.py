@@ -73,7 +73,7 @@ def files(tmp_path_factory):
     os.truncate(files / "truncated/a.png", 6000)
     os.mkfifo(files / "pipe.txt")
     (files / "device.txt").symlink_to("/dev/zero")
-    (files / "folder.txt").mkdir()
+    (files / "folder.txt").mkdir()  # and empty
     shutil.copytree(TINY / "sd14", files / "sd")
     scheduler = json.loads((files / "sd/scheduler/scheduler_config.json").read_text())
     scheduler |= dict(rescale_betas_zero_snr=True, timestep_spacing="trailing")
@@ -152,6 +152,7 @@ from 1 to 1e\+06             --validation_steps 0 | --eval_samples 0 | --checkpo
 from 1 to 1e\+06             --checkpoints_total_limit 0 | --train_batch_size 99999999999999999999
 --resume_from_checkpoint     --output_dir FILES/run
 a folder                     --output_dir FILES/empty.txt | --output_dir FILES/empty.txt/run
+a folder                     --output_dir /proc/none/run
 a checkpoint's folder        --resume_from_checkpoint FILES/absent | --resume_from_checkpoint=
 of a run                     --resume_from_checkpoint latest | --resume_from_checkpoint latest --output_dir FILES
 args.json                    --resume_from_checkpoint FILES/copied/step_000002

@@ -140,6 +140,7 @@ def test_a_run_is_whole_and_continues_bit_for_bit(script, tmp_path, monkeypatch,
     assert metrics == [{k: v for k, v in line.items() if k in metrics[i]} for i, line in enumerate(its_metrics)]
 
     record = json.loads(Path("whole/args.json").read_text())
+    assert record["torch"] == torch.__version__
     assert record["args"]["max_train_steps"] == 2 and {"torch", "diffusers", "transformers"} <= record.keys()
     assert [line["step"] for line in metrics] == [0, 1, 2]
     assert [line["ratio_max_dev"] for line in metrics[1:]] == [0.0, 0.0]

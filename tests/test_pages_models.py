@@ -134,7 +134,7 @@ def test_without_noise_a_rollout_is_the_call_of_the_pipeline(page, flags, build)
 # ---- TRAINING ----------------------------------------------------------------------------------------------------
 LORA = dict(rank=2, lora_alpha=6)
 KINDS = [dict(train_batch_size=1), dict(mixed_precision="bf16", scale=1.0)]
-KINDS += [LORA | dict(gradient_checkpointing=True, best_of_n=2, train_batch_size=3)]
+KINDS += [LORA | dict(gradient_checkpointing=True, train_batch_size=3)]
 
 
 @every_page

@@ -172,7 +172,7 @@ def test_another_method_or_model_is_another_run(few, monkeypatch):
 def test_a_run_that_fails_stops_the_experiment_with_its_error(monkeypatch, tmp_path):
     failed = SimpleNamespace(returncode=2, stderr="out of paint")
     monkeypatch.setattr(reproduce, "RUNS", tmp_path)
-    monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(run=lambda words, capture_output, **how: failed))
+    monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(run=lambda words, capture_output, text, **how: failed))
     with pytest.raises(SystemExit, match="out of paint"):
         reproduce.run("grpo_flux.py --max_train_steps 1", 0)
 

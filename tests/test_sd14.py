@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from test_cli import refused
 
 import grpo_sd14 as sd
-from small import REWARDS, argv, check_types_of_bf16, flat
+from small import REWARDS, argv, check_types, flat
 
 TINY = Path(__file__).resolve().parents[1] / "tiny"
 PROMPTS = ["a red circle on white", "a blue ring above a green square on black", "a cyan triangle on grey"]
@@ -66,8 +66,7 @@ def test_ratio_is_exactly_1_before_the_first_update(flags, tmp_path):
         metrics = sd.train_step(run, iteration)
         assert metrics["ratio_max_dev"] == 0.0 and metrics["grad_norm"] > 0
         assert metrics["ratio_mean"] == 1 or run.args.num_updates > 1
-    if run.args.rank:
-        check_types_of_bf16(run)
+    check_types(run)
 
 
 def test_training_moves_held_out_ode_samples_the_way_the_reward_asks(tmp_path):

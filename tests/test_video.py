@@ -12,7 +12,7 @@ from PIL import Image
 import grpo_hunyuan_video as hunyuan
 import grpo_skyreel_i2v as skyreel
 import harness
-from small import TINY, check_types_of_bf16
+from small import TINY, check_types
 
 PROMPTS = ["a red circle moving right on white", "a blue ring moving up on black", "a cyan square moving left on grey"]
 both_scripts = pytest.mark.parametrize("script", [hunyuan, skyreel], ids=lambda script: script.__name__)
@@ -50,8 +50,7 @@ RATIO = [
 @pytest.mark.parametrize("flags", RATIO, ids=lambda flags: "-".join(f"{k}={v}" for k, v in flags.items()))
 def test_ratio_is_exactly_1_before_the_first_update(script, flags, video):
     run = video(script, **flags)
-    if "rank" in flags:
-        check_types_of_bf16(run)
+    check_types(run)
     for step in range(2):
         metrics = script.train_step(run, step)
         assert metrics["ratio_max_dev"] == 0.0 and metrics["grad_norm"] > 0
@@ -150,6 +149,8 @@ def test_images_of_a_folder_are_first_frames_and_their_captions_the_prompts(vide
         expected = torch.tensor([80.0 * i, 0, 255]).view(3, 1, 1, 1).expand(3, 1, 64, 64)
         assert (frame * 127.5 + 127.5 - expected).abs().max() < (3 if i == 2 else 0.01)  # the JPEG is not exact
     assert not (run.folder / "first_frames").exists()
+    Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(pairs / "0.png")  # transparent: white, by harness.read_image
+    assert (skyreel.first_frames(run.models, run.args, PROMPTS[:1])[0] == 1).all()
 
 
 def test_held_out_images_and_prompts_without_one(video, pairs, tmp_path):
