@@ -174,6 +174,7 @@ def print_trl(rounds, folder, python):
         if step:  # the first is a warm-up
             ratios.append(ours / theirs)
             print(f"trl            {ours:.2f} / {theirs:.2f} s = {ratios[-1]:.3f}", flush=True)
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # before the profiler takes its own memory
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         script.train_step(run, rounds + 1)
     ours = {op.key: (op.self_cpu_time_total / 1e6, op.count) for op in profile.key_averages()}
@@ -187,7 +188,6 @@ def print_trl(rounds, folder, python):
     print(f"trl            all operators: {totals[0]:.2f} / {totals[1]:.2f} s")
     peer.stdin.close()
     gib = float(peer.stdout.readline().split()[1])
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"trl            median {statistics.median(ratios):.3f}; peak memory {own:.2f} / {gib:.2f} GiB")
 
 
