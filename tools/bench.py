@@ -6,8 +6,8 @@
     python tools/bench.py --trl PYTHON             against TRL's DDPOTrainer, see tools/bench_trl.py
 
 loop_overhead  one iteration / the bare calls in it: the transformer's forward and forward+backward passes at the same
-               batch, the decoder and the reward. What is above 1 is the price of everything else in the script, but
-               for encoding the prompts: a run does that once for each, here in its first 8 iterations of 36.
+               batch, the decoder and the reward. What is above 1 is the price of everything else in the script.
+               The prompts are encoded beforehand, as a run encodes each once, in its first 8 iterations of 36.
 batch_gain     images trained a second at the default micro-batch / at micro-batch 1, the way of the authors' scripts.
 work           rows through the network in an iteration, rollout and update: the default / the same window without a
                coarse tail.
@@ -16,8 +16,8 @@ reward_rate    rise of held-out hps, and area under the rise over time: the defa
                with its four updates, in as much time.
 profile        seconds of an iteration in the network's forward passes of rollout and update, its backward passes, the
                decoder, the rewards, and the rest; the median of the rounds.
-trl            a step of grpo_sd14.py / a step of TRL's trainer, on equal work: 144 images of 12 steps, all of them noisy
-               and trained, guidance, micro-batches of 72, one update. Then one step of each under torch's profiler:
+trl            a step of grpo_sd14.py / a step of TRL's trainer, on equal work: 144 images of 12 steps, all noisy and
+               trained, guidance, micro-batches of 72, one update. Then one step of each under torch's profiler:
                the seconds and calls of the operators that take longest, by themselves.
 """
 
